@@ -7,3 +7,8 @@ class UserError(Exception):
   `main.py` prints the message without a traceback and exits with status 2; used as a library it is an ordinary
   exception.
   """
+
+
+def first_line(error):
+  """An exception's message, cut to one line."""
+  return (str(error).strip() or type(error).__name__).split('\n')[0][:300]

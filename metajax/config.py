@@ -1,0 +1,260 @@
+"""Configs: reading a file, filling in defaults, building what the settings name, comparing two of them."""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import json
+import pkgutil
+import re
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+from ml_collections.config_dict import placeholder
+
+from metajax import optimizers
+from metajax.errors import UserError, first_line
+
+REQUIRED = inspect.Parameter.empty
+
+# Defaults of the settings that no module's signature holds. An empty setting of `eval` is as in training.
+_TOP_LEVEL = dict(
+  seed=0,  # of initial weights and training episodes
+  total_steps=REQUIRED,  # meta-updates
+  log_every=100,
+  eval_every=1000,
+  checkpoint_every=1000,
+  chunk='auto',  # tasks that one `vmap` takes at once; the rest by a scan
+)
+_DATA = dict(
+  way=placeholder(int),  # none in regression
+  shot=REQUIRED,
+  query_shot=REQUIRED,
+  tasks=REQUIRED,  # episodes in a meta-batch
+  placement='auto',  # of the image table: 'device', 'host', or by its size
+)
+_EVAL = dict(
+  episodes=600,  # of the test split
+  val_episodes=300,
+  seed=0,  # of the validation and test episodes: leave it, so that all runs face the same ones
+  inner_steps=placeholder(int),
+  inner_lr=placeholder(float),
+  way=placeholder(int),
+  shot=placeholder(int),
+  query_shot=placeholder(int),
+)
+_PACKAGES = {'data': 'load', 'model': 'make', 'algorithm': 'make', 'weighting': 'make'}
+_GROUPS = (*_PACKAGES, 'optimizer', 'eval')
+
+
+def parse_arg(arg, **defaults):
+  """Reads a config string such as 'way=20,shot=1,debug'.
+
+  Args:
+    arg: what stood after the colon, or None.
+    **defaults: the known keys and their defaults. A value is read as its default's type; a bool's '=True' may be
+      left out.
+
+  Returns:
+    a ConfigDict of the keys of `defaults`.
+
+  Raises:
+    UserError: an unknown key or an unreadable value.
+  """
+  result = ml_collections.ConfigDict(defaults)
+  for item in filter(None, (arg or '').split(',')):
+    key, _, text = item.partition('=')
+    if key not in defaults:
+      raise UserError(f'--config: the config string has no key {key!r}{_known(key, defaults)}')
+    kind = type(defaults[key])
+    try:
+      result[key] = _BOOLS[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+      raise UserError(f'--config: {key} takes a value such as {key}={defaults[key]}, not {item!r}') from None
+  return result
+
+
+_BOOLS = {'': True, 'true': True, '1': True, 'false': False, '0': False}
+
+
+def load(spec):
+  """Runs `get_config` of FILE or FILE:ARGS and fills in the defaults."""
+  path, _, arg = spec.partition(':')
+  if not Path(path).is_file():
+    raise UserError(f'--config: there is no file {path}')
+  module_spec = importlib.util.spec_from_file_location('metajax_config', path)
+  if module_spec is None:
+    raise UserError(f'--config: {path} is not a Python file')
+  module = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise UserError(f'--config: {path} has no function get_config')
+  if not inspect.signature(module.get_config).parameters:
+    if arg:
+      raise UserError(f'--config: {path} takes no config string, but {arg!r} was given')
+    return complete(module.get_config())
+  return complete(module.get_config(arg or None))
+
+
+def complete(config):
+  """The config (a ConfigDict or nested dicts) with every default filled in, and locked: all that a run depends on.
+
+  Raises:
+    UserError: a setting that is missing, or that nothing knows.
+  """
+  config = _plain(config)
+  config.setdefault('weighting', {'name': 'uniform'})
+  _fill('config', config, _TOP_LEVEL, groups=_GROUPS)
+  for group in _GROUPS:
+    settings = config.setdefault(group, {})
+    if not isinstance(settings, dict):
+      raise UserError(f'config.{group} is a group of settings, not {settings!r}')
+    if group in _PACKAGES and not settings.get('name'):
+      raise UserError(f'config.{group}.name is missing: it is one of {", ".join(_names(group))}')
+    _fill(f'config.{group}', settings, _defaults(group, settings.get('name')), name=settings.get('name'))
+  return ml_collections.ConfigDict(config, type_safe=True).lock()
+
+
+def override(config, arguments):
+  """Applies command-line arguments `--config.KEY=VALUE` to a complete config.
+
+  A group's `name` comes first: settings that only the old name has go, those that the new one has as well stay.
+  """
+  config = _plain(config)
+  for argument in arguments:
+    if match := re.fullmatch(r'--?config\.(\w+)\.name=(.+)', argument):
+      group, name = match.groups()
+      if group in _PACKAGES and name != config[group]['name']:
+        known = _defaults(group, name)
+        config[group] = {'name': name, **{k: v for k, v in config[group].items() if k in known}}
+  config = complete(config)
+  for argument in arguments:
+    _check_key(config, re.sub(r'^--?(no)?config\.', '', argument.partition('=')[0]))
+  values = flags.FlagValues()
+  try:
+    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=['', *arguments])
+    values(['', *arguments])
+  except (flags.Error, TypeError, ValueError) as error:
+    raise UserError(f'command line: {first_line(error)}') from error
+  return complete(values.config)
+
+
+def call(function, config, group, *supplied, **more):
+  """Calls `function` with those settings of a group that are keyword arguments of it."""
+  known = _keywords(function)
+  settings = {k: v for k, v in _plain(config[group]).items() if k in known and k not in more}
+  try:
+    return function(*supplied, **settings, **more)
+  except (ValueError, TypeError) as error:
+    raise UserError(f'config.{group}: {first_line(error)}') from error
+
+
+def build(config, group, *supplied, **more):
+  """Calls the `make` (or a data set's `load`) that `config.GROUP.name` names."""
+  return call(_function(group, config[group].name), config, group, *supplied, **more)
+
+
+def differences(a, b):
+  """The dotted names of the settings in which two complete configs differ."""
+  a, b = _flat(_plain(a)), _flat(_plain(b))
+  return sorted(key for key in a.keys() | b.keys() if a.get(key, REQUIRED) != b.get(key, REQUIRED))
+
+
+def to_json(config):
+  """The config as text; `from_json` reads it back."""
+  return json.dumps(_plain(config), indent=2) + '\n'
+
+
+def from_json(text):
+  return complete(json.loads(text))
+
+
+def _plain(config):
+  """As nested dicts; sequences as tuples, as they come back from a file."""
+  if isinstance(config, ml_collections.ConfigDict):
+    config = config.to_dict()
+  return {
+    k: _plain(v) if isinstance(v, dict) else tuple(v) if isinstance(v, (list, tuple)) else v
+    for k, v in config.items()
+  }
+
+
+def _flat(settings, prefix=''):
+  flat = {}
+  for key, value in settings.items():
+    flat.update(_flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value})
+  return flat
+
+
+def _fill(where, settings, defaults, *, groups=(), name=None):
+  for key in settings:
+    if key not in defaults and key not in groups and key != 'name':
+      of = f'{name} has' if name else 'there is'
+      raise UserError(f'{where}.{key}: {of} no such setting{_known(key, [*defaults, *groups])}')
+  for key, value in defaults.items():
+    if value is REQUIRED and key not in settings:
+      raise UserError(f'{where}.{key} is missing')
+    if settings.get(key) is None:  # an empty setting read from a file loses its type: give it back
+      settings[key] = value
+
+
+def _defaults(group, name):
+  if group == 'eval':
+    return dict(_EVAL)
+  if group == 'optimizer':
+    return _keywords(optimizers.make)
+  keywords = _keywords(_function(group, name))
+  return {**keywords, **_DATA} if group == 'data' else keywords
+
+
+def _keywords(function):
+  """{name: default} of a function's settings: keyword-only arguments that a file can hold."""
+  return {
+    p.name: p.default
+    for p in inspect.signature(function).parameters.values()
+    if p.kind is p.KEYWORD_ONLY and (p.default is REQUIRED or type(p.default) in (bool, int, float, str, tuple))
+  }
+
+
+def _function(group, name):
+  package = f'metajax.{_PLURAL[group]}'
+  path = name if '.' in name else f'{package}.{name}'
+  try:
+    module = importlib.import_module(path)
+  except ModuleNotFoundError as error:
+    if error.name != path:
+      raise
+    raise UserError(f'config.{group}.name: there is no {name!r}{_known(name, _names(group))}') from None
+  if not _is_entry(group, module):
+    raise UserError(f'config.{group}.name: {path} has no {_PACKAGES[group]}()')
+  return getattr(module, _PACKAGES[group])
+
+
+_PLURAL = {'data': 'data', 'model': 'models', 'algorithm': 'algorithms', 'weighting': 'weighting'}
+
+
+def _is_entry(group, module):
+  function = getattr(module, _PACKAGES[group], None)
+  return function is not None and (group != 'data' or 'data_dir' in inspect.signature(function).parameters)
+
+
+def _names(group):
+  package = importlib.import_module(f'metajax.{_PLURAL[group]}')
+  modules = [name for _, name, _ in pkgutil.iter_modules(package.__path__)]
+  return [name for name in modules if _is_entry(group, importlib.import_module(f'{package.__name__}.{name}'))]
+
+
+def _check_key(config, path):
+  where = 'config'
+  for key in path.split('.'):
+    if not isinstance(config, ml_collections.ConfigDict) or key not in config:
+      known = list(config) if isinstance(config, ml_collections.ConfigDict) else []
+      raise UserError(f'command line: {where} has no setting {key!r}{_known(key, known)}')
+    config, where = config[key], f'{where}.{key}'
+
+
+def _known(key, known):
+  close = difflib.get_close_matches(key, known, n=1)
+  return f'; did you mean {close[0]!r}?' if close else f'; known: {", ".join(sorted(known))}' if known else ''

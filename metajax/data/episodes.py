@@ -1,0 +1,184 @@
+"""Few-shot episodes: which images make up episode number k, and how they become arrays on the device.
+
+Episode k of a split is a pure function of (seed, split, k): the same after a restart, on any number of devices, for
+every algorithm. The host does index arithmetic alone; gathering, rotating and scaling run inside the compiled step.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metajax.data.table import ClassTable
+from metajax.errors import UserError
+from metajax.types import Episode, Examples
+
+SPLITS = ('train', 'val', 'test')
+_BLOCK = 256  # episodes drawn by one random generator: NumPy's cost per call is spread over them
+
+
+class Functions(NamedTuple):
+  """A family of regression tasks in place of a table of images."""
+
+  sample: Callable  # (rng, tasks, points) -> inputs (tasks, points, d), targets (tasks, points, 1)
+
+
+class Source(NamedTuple):
+  """Where the loop's batches come from: the host draws numbers, the device makes episodes of them."""
+
+  sample: Callable  # (first episode's number, count) -> batch, a pytree of NumPy arrays with a leading task axis
+  decode: Callable  # (resident, batch) -> Episode with a leading task axis; pure, called inside the compiled step
+  resident: Any  # what `decode` needs on the device in every step (the image table), put there once; or ()
+  num_classes: int  # 0 in regression
+
+
+def choose(uniform, n):
+  """Draws k of n without replacement, in random order: a Fisher-Yates shuffle cut off after k steps.
+
+  Args:
+    uniform: (..., k) in [0, 1), independent.
+    n: (...,) integers >= k.
+
+  Returns:
+    (..., k) int64, distinct along the last axis, every ordered choice equally likely.
+  """
+  k = uniform.shape[-1]
+  first = np.arange(k)
+  swaps = first + (uniform * (n[..., None] - first)).astype(np.int64)
+  chosen = swaps.copy()
+  for i in range(1, k):
+    # What lies at position `swaps[i]` by now: if an earlier step t swapped it away, what lay at t before that step.
+    position = chosen[..., i]
+    for t in range(i - 1, -1, -1):
+      position = np.where(swaps[..., t] == position, t, position)
+    chosen[..., i] = position
+  return chosen
+
+
+def _by_block(draw):
+  """Turns `draw(block)`, a dict of arrays with a leading axis of _BLOCK episodes, into `sample(start, count)`."""
+  draw = functools.lru_cache(maxsize=2)(draw)
+
+  def sample(start, count):
+    parts = []
+    for block in range(start // _BLOCK, (start + count - 1) // _BLOCK + 1):
+      first = block * _BLOCK
+      rows = slice(max(start - first, 0), min(start + count - first, _BLOCK))
+      parts.append({name: array[rows] for name, array in draw(block).items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+  return sample
+
+
+def image_source(table: ClassTable, split, *, way, shot, query_shot, seed, placement='device'):
+  """Classification episodes from the classes of one split.
+
+  Classes are drawn without replacement and their order is the labels' order, so labels are permuted in every episode;
+  images of a class are drawn without replacement, the first `shot` for support, the others for query.
+
+  Args:
+    table: the split's classes.
+    split: 'train', 'val' or 'test'; part of the random seed.
+    way, shot, query_shot: classes, support and query images per class.
+    seed: of the episodes.
+    placement: 'device' keeps the whole uint8 table there and sends indices; 'host' gathers images ahead of the step.
+
+  Raises:
+    UserError: the split has too few classes, or a class too few images.
+  """
+  classes, images = len(table.names), shot + query_shot
+  if way > classes:
+    raise UserError(f'way = {way}, but the {split} split has only {classes} classes: choose a smaller way')
+  if (table.counts < images).any():
+    c = int(table.counts.argmin())
+    raise UserError(
+      f'shot + query_shot = {images}, but class {table.names[c]} of the {split} split has only '
+      f'{table.counts[c]} images: choose a smaller shot or query_shot'
+    )
+
+  @_by_block
+  def draw(block):
+    rng = np.random.default_rng((seed, SPLITS.index(split), block))
+    uniform = rng.random((_BLOCK, way * (1 + images)))
+    class_ids = choose(uniform[:, :way], np.full(_BLOCK, classes))
+    picks = choose(uniform[:, way:].reshape(_BLOCK, way, images), table.counts[class_ids])
+    rows = table.starts[class_ids][..., None] + picks
+    return {'rows': rows.astype(np.int32), 'class_ids': class_ids.astype(np.int32), 'turns': table.turns[class_ids]}
+
+  rotated = bool(table.turns.any())
+
+  def sample(start, count):
+    batch = draw(start, count)
+    if placement == 'host':
+      batch['images'] = table.images[batch.pop('rows')]
+    return batch
+
+  def decode(resident, batch):
+    images = batch['images'] if placement == 'host' else resident[batch['rows']]
+    images = images.astype(jnp.float32) / 255
+    if rotated:
+      images = jax.vmap(jax.vmap(_turn))(images, batch['turns'])
+    targets = jnp.broadcast_to(jnp.arange(way, dtype=jnp.int32)[:, None], images.shape[:3])
+    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
+    return Episode(
+      support=Examples(flat(images[:, :, :shot]), flat(targets[:, :, :shot])),
+      query=Examples(flat(images[:, :, shot:]), flat(targets[:, :, shot:])),
+      class_ids=batch['class_ids'],
+    )
+
+  return Source(sample, decode, table.images if placement == 'device' else (), classes)
+
+
+def _turn(images, turns):
+  """Rotates images (n, h, w, c) counter-clockwise by `turns` (scalar) quarter turns."""
+  return jnp.stack([jnp.rot90(images, k, axes=(1, 2)) for k in range(4)])[turns]
+
+
+def function_source(functions: Functions, split, *, shot, query_shot, seed):
+  """Regression episodes: each task a function, `shot` points of it for support and `query_shot` for query."""
+
+  @_by_block
+  def draw(block):
+    rng = np.random.default_rng((seed, SPLITS.index(split), block))
+    inputs, targets = functions.sample(rng, _BLOCK, shot + query_shot)
+    return {'inputs': inputs.astype(np.float32), 'targets': targets.astype(np.float32)}
+
+  def decode(resident, batch):
+    del resident
+    inputs, targets = batch['inputs'], batch['targets']
+    return Episode(
+      support=Examples(inputs[:, :shot], targets[:, :shot]),
+      query=Examples(inputs[:, shot:], targets[:, shot:]),
+      class_ids=jnp.zeros((inputs.shape[0], 0), jnp.int32),
+    )
+
+  return Source(draw, decode, (), 0)
+
+
+def make_source(data, split, *, way, shot, query_shot, seed, placement='auto'):
+  """Episodes of one split, from a table of images or from functions; arguments as for those two.
+
+  Raises:
+    UserError: a setting does not fit the data.
+  """
+  for name, value in (('shot', shot), ('query_shot', query_shot)):
+    if value < 1:
+      raise UserError(f'{name} = {value}: at least 1 is needed')
+  if isinstance(data, Functions):
+    return function_source(data, split, shot=shot, query_shot=query_shot, seed=seed)
+  if way is None or way < 2:
+    raise UserError(f'way = {way}: classification needs at least 2 classes')
+  if placement == 'auto':
+    placement = 'device' if data.images.nbytes <= _device_budget() else 'host'
+  if placement not in ('device', 'host'):
+    raise UserError(f"config.data.placement is 'auto', 'device' or 'host', not {placement!r}")
+  return image_source(data, split, way=way, shot=shot, query_shot=query_shot, seed=seed, placement=placement)
+
+
+def _device_budget():
+  """Bytes that a table may take on a device: a quarter of its memory, 2 GiB where it does not say."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get('bytes_limit', 8 << 30) // 4

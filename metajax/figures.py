@@ -1,0 +1,247 @@
+"""Figures of a run: learning curves, adaptation step by step, an episode, regression tasks.
+
+Plain NumPy in, a PNG out. Figures are built without pyplot, so that no backend is chosen and no figure outlives its
+function. Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart.
+"""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+BLUE, SKY, ORANGE, GREEN, RED = '#0072B2', '#56B4E9', '#E69F00', '#009E73', '#D55E00'
+INK, GREY = '#222222', '#8A8A8A'
+STYLE = {
+  'font.family': 'DejaVu Sans',  # comes with matplotlib: the same everywhere
+  'font.size': 11,
+  'text.color': INK,
+  'axes.edgecolor': GREY,
+  'axes.labelcolor': INK,
+  'axes.titlesize': 13,
+  'axes.titleweight': 'bold',
+  'axes.titlelocation': 'left',
+  'axes.titlepad': 10,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.grid': True,
+  'axes.axisbelow': True,
+  'grid.color': '#E6E6E6',
+  'grid.linewidth': 0.8,
+  'xtick.color': GREY,
+  'ytick.color': GREY,
+  'xtick.labelcolor': INK,
+  'ytick.labelcolor': INK,
+  'lines.solid_capstyle': 'round',
+  'legend.frameon': False,
+  'figure.titlesize': 14,
+  'figure.constrained_layout.h_pad': 0.12,  # inches
+  'figure.constrained_layout.w_pad': 0.12,
+  'figure.titleweight': 'bold',
+}
+SHOWN = 8  # at most so many support and so many query images of a class in an episode's grid
+
+
+@matplotlib.rc_context(STYLE)
+def learning_curves(path, records):
+  """Draws loss and accuracy against meta-updates, meta-training and meta-validation.
+
+  Args:
+    path: where the PNG goes.
+    records: dicts with 'step' and any of 'train/loss', 'val/loss', 'train/accuracy', 'val/accuracy' (fractions), and
+      'val/loss_ci95', 'val/accuracy_ci95' for the bands; in regression there is no accuracy, and no panel for it.
+  """
+  quantities = (
+    ['loss', 'accuracy'] if any(f'{s}/accuracy' in r for r in records for s in ('train', 'val')) else ['loss']
+  )
+  fig = Figure(figsize=(6.4 * len(quantities), 4.6), layout='constrained')
+  handles = {}
+  for ax, quantity in zip(fig.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
+    scale = 100 if quantity == 'accuracy' else 1
+    bounds = []
+    steps, values = _series(records, f'train/{quantity}', scale)
+    if len(steps):
+      smooth = _running_mean(values, max(1, len(values) // 40))
+      ax.plot(steps, values, color=SKY, linewidth=0.8, alpha=0.5)
+      [line] = ax.plot(steps, smooth, color=BLUE, linewidth=2.2, marker='o' if len(steps) == 1 else None)
+      handles['meta-train, running mean'] = line
+      bounds += [*smooth, *np.percentile(values, [1, 99])]  # a few spikes must not flatten the rest
+    steps, values = _series(records, f'val/{quantity}', scale)
+    if len(steps):
+      half = dict(zip(*_series(records, f'val/{quantity}_ci95', scale), strict=True))
+      half = np.array([half.get(step, 0.0) for step in steps])
+      band = ax.fill_between(steps, values - half, values + half, color=ORANGE, alpha=0.3, linewidth=0)
+      [line] = ax.plot(steps, values, color=RED, linewidth=1.8, marker='o', markersize=4.5)
+      handles['meta-validation, 95 % interval'] = (band, line)
+      bounds += [*(values - half), *(values + half)]
+    if bounds:
+      low, high = min(bounds), max(bounds)
+      pad = 0.06 * (high - low) or 0.05 * abs(high) or 1
+      ax.set_ylim(max(low - pad, min(low, 0)), min(high + pad, 101) if scale == 100 else high + pad)
+    else:
+      ax.text(0.5, 0.5, 'nothing recorded yet', transform=ax.transAxes, ha='center', color=GREY)
+    ax.set(title=f'Query {quantity}', xlabel='meta-updates', ylabel='accuracy (%)' if scale == 100 else 'loss')
+    ax.xaxis.set_major_formatter(EngFormatter(sep=''))
+    ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+  if handles:
+    fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=2)
+  _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
+def inner_steps(path, values, ci95, *, quantity, way=None):
+  """Draws how adaptation helps: the mean over episodes after every inner step.
+
+  Args:
+    path: where the PNG goes.
+    values: (inner steps + 1,) accuracy as fractions, or losses; the first one is before adaptation.
+    ci95: (inner steps + 1,) half widths of the 95 % intervals.
+    quantity: 'accuracy' or 'loss'.
+    way: classes of an episode; draws the line of chance at 1 / way.
+  """
+  scale = 100 if quantity == 'accuracy' else 1
+  values, ci95 = np.asarray(values) * scale, np.asarray(ci95) * scale
+  steps = np.arange(len(values))
+  fig = Figure(figsize=(6.4, 4.4), layout='constrained')
+  ax = fig.subplots()
+  if way:
+    ax.axhline(scale / way, color=GREY, linestyle='--', linewidth=1.4)
+    ax.annotate(
+      f'chance, {scale / way:.3g} %', (1, scale / way), (0, 4), ax.get_yaxis_transform(), 'offset points',
+      ha='right', va='bottom', color=GREY)  # fmt: skip
+  ax.errorbar(steps, values, ci95, color=BLUE, linewidth=2.2, marker='o', markersize=6, capsize=4, elinewidth=1.4)
+  for step in {0, len(values) - 1}:
+    side = -1 if step == 0 and values[-1] > values[0] else 1  # where the curve does not go
+    text = f'{values[step]:.1f} %' if scale == 100 else f'{values[step]:.3g}'
+    ax.annotate(
+      text, (step, values[step] + side * ci95[step]), (0, 6 * side), textcoords='offset points', ha='center',
+      va='bottom' if side > 0 else 'top', color=BLUE, weight='bold')  # fmt: skip
+  ax.margins(y=0.16)
+  ax.set_ylim(bottom=max(ax.get_ylim()[0], 0))
+  pad = max(0.5, 0.06 * steps[-1])
+  ax.set_xlim(-pad, steps[-1] + pad)
+  ax.xaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+  ax.set(
+    title=f'Query {quantity} after each inner step',
+    xlabel='inner steps (0: before adaptation)',
+    ylabel=f'{quantity}{" (%)" if scale == 100 else ""}, mean ± 95 % interval',
+  )
+  _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
+def episode_grid(path, support, query, predictions, *, way):
+  """Shows one episode, a row for each class: its support images and what its queries were taken for.
+
+  Args:
+    path: where the PNG goes.
+    support: images (n, h, w, c) on any scale, targets (n,) in [0, way).
+    query: the same for the queries.
+    predictions: (queries,) predicted classes.
+    way: number of classes.
+  """
+  images = _displayable(support[0], query[0])
+  targets = [np.asarray(support[1]), np.asarray(query[1])]
+  predictions = np.asarray(predictions)
+  rows = [[np.flatnonzero(side == k)[:SHOWN] for side in targets] for k in range(way)]
+  columns = [max(len(row[side]) for row in rows) for side in range(2)]
+  # Units are image sides: one axes for the whole figure is many times faster than one for each image.
+  pitch, row_pitch, left, gap = 1.1, 1.36, 1.3, 0.55
+  starts = [left, left + columns[0] * pitch + gap]
+  right, bottom = max(starts[1] + columns[1] * pitch, 7.0), way * row_pitch
+  inch = 0.82 if way <= 10 else 0.62
+  fig = Figure(figsize=(inch * (right + 0.2), inch * (bottom + 1.25)))
+  ax = fig.add_axes((0, 0, 1, 1))
+  ax.set_axis_off()
+  small, large = 11.5 * inch, 15 * inch
+
+  for k, row in enumerate(rows):
+    top = k * row_pitch
+    ax.text(left - 0.18, top + 0.5, f'class {k}', ha='right', va='center', fontsize=large, weight='bold')
+    for side, members in enumerate(row):
+      for column, index in enumerate(members):
+        x = starts[side] + column * pitch
+        ax.imshow(images[side][index], cmap='gray', vmin=0, vmax=1, extent=(x, x + 1, top + 1, top))
+        good = side == 0 or predictions[index] == k
+        color = '#C4C4C4' if side == 0 else GREEN if good else RED
+        width = 1 if side == 0 else 3.2 * inch
+        ax.add_patch(Rectangle((x, top), 1, 1, fill=False, edgecolor=color, linewidth=width))
+        if side == 1:
+          text = f'{"✓" if good else "✗"} class {predictions[index]}'
+          ax.text(x + 0.5, top + 1.05, text, ha='center', va='top', color=color, fontsize=small, weight='bold')
+  ax.plot([starts[1] - 0.08 - gap / 2] * 2, [-0.1, bottom - 0.2], color='#C4C4C4', linewidth=1.2)
+  shot, shown = len(targets[0]) // way, sum(len(row[1]) for row in rows)
+  correct = np.mean(predictions == targets[1])
+  title = f'{way}-way {shot}-shot episode: {100 * correct:.0f} % of {len(predictions)} queries correct'
+  ax.text(0.15, -0.75, title, fontsize=1.2 * large, weight='bold', va='center')
+  ax.text(starts[0], -0.2, 'support', fontsize=large, color=GREY)
+  more = f', the first {SHOWN} of each class' if len(predictions) > shown else ''
+  ax.text(starts[1], -0.2, f'queries and predictions{more}', fontsize=large, color=GREY)
+  ax.set(xlim=(0, right + 0.2), ylim=(bottom + 0.1, -1.15), aspect='equal')
+  _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
+def regression_curves(path, tasks):
+  """Draws regression tasks: truth, support points, predictions before and after adaptation; a panel each.
+
+  Args:
+    path: where the PNG goes.
+    tasks: dicts of x_support (k,), y_support (k,), x (n,) sorted, y (n,) the truth, and predictions, a dict from the
+      number of inner steps to (n,).
+  """
+  columns = int(np.ceil(np.sqrt(len(tasks))))
+  rows = -(-len(tasks) // columns)
+  fig = Figure(figsize=(5.2 * columns, 3.4 * rows + 1), layout='constrained')
+  axes = fig.subplots(rows, columns, squeeze=False, sharey=True)
+  for ax in axes.flat[len(tasks) :]:
+    ax.set_axis_off()
+  for number, (ax, task) in enumerate(zip(axes.flat, tasks, strict=False), 1):
+    ax.plot(task['x'], task['y'], color=INK, linewidth=4, alpha=0.25, label='truth')
+    steps = sorted(task['predictions'])
+    for step in steps:
+      color, line = (GREY, ':') if step == 0 else (RED, '-') if step == steps[-1] else (ORANGE, '--')
+      label = 'before adaptation' if step == 0 else f'after {step} step{"s"[: step > 1]}'
+      ax.plot(task['x'], task['predictions'][step], line, color=color, linewidth=2, label=label)
+    ax.plot(
+      task['x_support'], task['y_support'], 'o', color=BLUE, markersize=7, markeredgecolor='white', label='support'
+    )
+    first, last = (np.mean(np.square(task['predictions'][step] - task['y'])) for step in (steps[0], steps[-1]))
+    ax.set_title(f'Task {number}: mean squared error {first:.2g} → {last:.2g}', fontsize=11)
+    ax.set_xlabel('x')
+  for ax in axes[:, 0]:
+    ax.set_ylabel('y')
+  handles, labels = axes[0, 0].get_legend_handles_labels()
+  fig.legend(handles, labels, loc='outside lower center', ncols=len(labels))
+  fig.suptitle('Regression tasks before and after adaptation', x=0.01, ha='left')
+  _save(fig, path)
+
+
+def _series(records, key, scale):
+  """The values of a key by step: (n,) steps, (n,) values; where a step was recorded twice the later record counts."""
+  found = {r['step']: r[key] for r in records if r.get(key) is not None and np.isfinite(r[key])}
+  return np.array(sorted(found)), scale * np.array([found[step] for step in sorted(found)])
+
+
+def _running_mean(values, window):
+  """Mean over a centred window, shorter at the ends."""
+  ones = np.ones(2 * window - 1)
+  padded = [np.convolve(x, ones)[window - 1 : window - 1 + len(x)] for x in (values, np.ones(len(values)))]
+  return padded[0] / padded[1]
+
+
+def _displayable(*batches):
+  """Scales batches (n, h, w, c) together to [0, 1]; grey ink on black becomes black ink on white, (n, h, w)."""
+  low, high = min(np.min(b) for b in batches), max(np.max(b) for b in batches)
+  batches = [np.clip((np.asarray(b, np.float32) - low) / max(high - low, 1e-12), 0, 1) for b in batches]
+  if batches[0].shape[-1] > 1:
+    return batches
+  on_black = np.mean(batches[0] < 0.1) > 0.5
+  return [1 - b[..., 0] if on_black else b[..., 0] for b in batches]
+
+
+def _save(fig, path):
+  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  fig.savefig(path, dpi=150, facecolor='white')

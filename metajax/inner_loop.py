@@ -1,0 +1,46 @@
+"""Differentiable gradient descent on one task, shared by every gradient-based learner."""
+
+import jax
+import jax.numpy as jnp
+
+
+def _sgd_step(loss_fn, first_order):
+  def step(params, rate):
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    if first_order:
+      grads = jax.lax.stop_gradient(grads)
+    return jax.tree.map(lambda p, g: p - rate * g, params, grads), loss
+
+  return step
+
+
+def sgd(loss_fn, params, rates, *, first_order=False, checkpoint=False):
+  """Takes SGD steps on one task's support loss, differentiable in `params` and `rates`.
+
+  Finn et al. 2017, Algorithm 1, line 6.
+
+  Args:
+    loss_fn: params -> scalar, mean support loss.
+    params: pytree of initial weights.
+    rates: (steps,) step sizes; its length is the number of steps.
+    first_order: drop second derivatives (FOMAML).
+    checkpoint: keep only the weights between steps for the backward pass and compute the rest again: the memory of
+      one step instead of all, for about a third more time.
+
+  Returns:
+    fast weights, a pytree like `params`; support losses (steps,), each before its step.
+  """
+  step = _sgd_step(loss_fn, first_order)
+  return jax.lax.scan(jax.checkpoint(step) if checkpoint else step, params, rates)
+
+
+def sgd_trajectory(loss_fn, params, rates):
+  """The weights along `sgd`: a pytree like `params` with a leading axis of steps + 1, the initial weights first."""
+  step = _sgd_step(loss_fn, first_order=True)
+
+  def keep(params, rate):
+    params, _ = step(params, rate)
+    return params, params
+
+  _, path = jax.lax.scan(keep, params, rates)
+  return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), params, path)

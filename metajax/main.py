@@ -1,0 +1,61 @@
+"""python -m metajax.main --config=FILE[:ARGS] [--workdir=DIR] [--mode=MODE] [--data_dir=DIR] [--config.KEY=VALUE ...]"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from metajax import config as config_lib
+from metajax import train
+from metajax.errors import UserError, first_line
+
+
+def main(argv=None):
+  """Runs a command line; returns the exit status: 2 with one line on stderr for what a user can mend."""
+  try:
+    options, overrides = parse(sys.argv if argv is None else argv)
+    config = config_lib.override(config_lib.load(options.config), overrides) if options.config else None
+    train.run(config, options.workdir, data_dir=options.data_dir, mode=options.mode)
+    return 0
+  except UserError as error:
+    print(f'metajax: {error}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('metajax: interrupted; run the same command again to go on from the last checkpoint', file=sys.stderr)
+    return 130
+
+
+def parse(argv):
+  """Splits a command line into flags with their defaults filled in, and the overrides of the config."""
+  overrides = [arg for arg in argv if re.match(r'--?(no)?config\.', arg)]
+  values = flags.FlagValues()
+  flags.DEFINE_string('config', None, 'config file, and its string: FILE[:ARGS]', flag_values=values)
+  flags.DEFINE_string('workdir', None, 'folder of the run; runs/<config>[-<args>] by default', flag_values=values)
+  flags.DEFINE_enum('mode', 'train_and_eval', ['train', 'eval', 'train_and_eval'], 'what to do', flag_values=values)
+  flags.DEFINE_string('data_dir', None, 'where archives of data sets lie', flag_values=values)
+  flags.DEFINE_bool('help', False, 'show this help', short_name='h', flag_values=values)
+  try:
+    rest = values([arg for arg in argv if arg not in overrides])[1:]
+  except flags.Error as error:
+    raise UserError(f'command line: {first_line(error)}') from None
+  if values.help:
+    print(f'{__doc__}\n{values.main_module_help() or values}')
+    sys.exit(0)
+  if rest:
+    raise UserError(f'command line: do not know what to do with {rest[0]!r}; settings are --config.KEY=VALUE')
+  if overrides and not values.config:
+    raise UserError('command line: --config.KEY=VALUE needs --config=FILE')
+  if not values.config and not (values.mode == 'eval' and values.workdir):
+    raise UserError('command line: --config=FILE is missing, such as --config=configs/quickstart.py')
+  if values.workdir is None:
+    path, _, arg = values.config.partition(':')
+    values.workdir = str(Path('runs') / (Path(path).stem + (f'-{arg}' if arg else '')))
+  if values.data_dir is None:
+    values.data_dir = os.environ.get('METAJAX_DATA') or str(Path.home() / 'metajax_data')
+  return values, overrides
+
+
+if __name__ == '__main__':
+  sys.exit(main())

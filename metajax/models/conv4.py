@@ -1,0 +1,36 @@
+"""The four-block convolutional network of the few-shot literature."""
+
+import flax.linen as nn
+
+from metajax.models import layers
+
+
+class Conv4(nn.Module):
+  """Four blocks of 3x3 convolution, batch normalisation, ReLU and downsampling, then a linear head.
+
+  Finn et al. 2017, section 5.2: Omniglot uses 64 filters and strided convolutions, the last 2x2 map averaged to 64
+  features; mini-ImageNet 32 filters and max pooling, flattened to 800 features. Glorot-uniform kernels, zero biases,
+  as in the original. The convolutions have no bias: in front of batch normalisation it would cancel.
+  """
+
+  num_outputs: int
+  width: int = 64
+  downsample: str = 'pool'
+
+  @nn.compact
+  def __call__(self, x):
+    """Maps images (n, h, w, c) to logits (n, num_outputs)."""
+    pool = self.downsample == 'pool'
+    for i in range(4):
+      kernel = self.param(f'conv{i}', nn.initializers.glorot_uniform(), (3, 3, x.shape[-1], self.width))
+      x = layers.conv3x3(x, kernel, stride=1 if pool else 2)
+      x = layers.BatchNormReluPool(pool, name=f'norm{i}')(x)
+    x = x.reshape(x.shape[0], -1) if pool else x.mean(axis=(1, 2))
+    return nn.Dense(self.num_outputs, kernel_init=nn.initializers.glorot_uniform(), name='head')(x)
+
+
+def make(num_outputs, *, width=64, downsample='pool'):
+  """Conv4 of `width` filters; `downsample` is 'pool' (2x2 max pooling, flattened) or 'stride' (2, averaged)."""
+  if downsample not in ('pool', 'stride'):
+    raise ValueError(f"downsample is 'pool' or 'stride', not {downsample!r}")
+  return Conv4(num_outputs, width, downsample)

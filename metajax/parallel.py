@@ -1,0 +1,106 @@
+"""Tasks over chunks and devices: the only module that knows how many of each there are.
+
+A meta-batch is laid out as (devices, chunks, tasks of a chunk): `pmap` takes the first axis, `scan` the second, `vmap`
+the third. Where the tasks do not divide evenly, copies of weight zero fill up, so that any number of tasks gives the
+same update on any number of devices. State is replicated and has no device axis: a checkpoint fits every machine.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+_AXIS = 'devices'
+_CPU_CHUNK_ELEMENTS = 32768  # input values of a chunk that a core's cache copes with; 1 to 4 tasks of 28x28 images
+
+
+def chunk_size(chunk, tasks, elements):
+  """How many tasks a `vmap` takes at once.
+
+  Args:
+    chunk: a number, or 'auto': on a CPU what its cache holds, elsewhere all tasks of a device.
+    tasks: in the meta-batch.
+    elements: input values of one task.
+  """
+  local = math.ceil(tasks / jax.local_device_count())
+  if chunk == 'auto':
+    chunk = max(1, _CPU_CHUNK_ELEMENTS // elements) if jax.default_backend() == 'cpu' else local
+  return math.ceil(local / math.ceil(local / min(int(chunk), local)))  # the most even chunks of at most this size
+
+
+def lay_out(batch, tasks, chunk):
+  """Puts a host batch (tasks, ...) on the devices, as (devices, chunks, chunk, ...).
+
+  Returns:
+    positions: (devices, chunks, chunk) int32, a task's place in the meta-batch; from `tasks` on they are filling.
+    batch: in that layout, filled up with copies of the first task.
+  """
+  devices = jax.local_device_count()
+  chunks = math.ceil(tasks / (devices * chunk))
+  positions = np.arange(devices * chunks * chunk, dtype=np.int32)
+  rows = np.where(positions < tasks, positions, 0)
+
+  def shape(x):
+    return x.reshape(devices, chunks, chunk, *x.shape[1:])
+
+  laid_out = shape(positions), jax.tree.map(lambda x: shape(x[rows]), batch)
+  return jax.device_put(laid_out, NamedSharding(_mesh(), PartitionSpec(_AXIS)))
+
+
+def replicate(tree):
+  """Puts a pytree on every device."""
+  return jax.device_put(tree, NamedSharding(_mesh(), PartitionSpec()))
+
+
+def over_devices(step, *, donate=False):
+  """Compiles `step(state, constants, local) -> replicated results` for all devices.
+
+  `state` and `constants` are replicated, `local` is what `lay_out` returns; `donate` gives the memory of `state` to
+  the results. Inside, `mean_over_tasks` and `gather_tasks` meet the other devices.
+  """
+  donated = (0,) if donate else ()
+  return jax.pmap(step, axis_name=_AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=donated)
+
+
+def mean_over_tasks(function, local, tasks):
+  """Runs `function` chunk by chunk on every device.
+
+  Args:
+    function: (positions (chunk,), weights (chunk,), batch with a leading axis of chunk) -> sums, each: `sums` any
+      pytree that is a sum over the chunk's tasks times their weight, `each` one with a leading axis of chunk. The
+      weights make the mean over the meta-batch of it, 0 for filling.
+    local: this device's part of what `lay_out` returns.
+    tasks: in the meta-batch.
+
+  Returns:
+    the means over the meta-batch; `each` of all tasks, (tasks, ...).
+  """
+
+  def add(total, chunk):
+    positions, batch = chunk
+    weights = jnp.where(positions < tasks, jax.lax.axis_size(_AXIS) / tasks, 0.0)
+    sums, each = function(positions, weights, batch)
+    return jax.tree.map(jnp.add, total, sums), each
+
+  first = jax.tree.map(lambda x: x[0], local)
+  shapes, _ = jax.eval_shape(lambda chunk: function(chunk[0], jnp.ones(chunk[0].shape), chunk[1]), first)
+  sums, each = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), local)
+  return jax.lax.pmean(sums, _AXIS), gather_tasks(each, tasks)
+
+
+def gather_tasks(tree, tasks):
+  """Arrays (chunks, chunk, ...) of every device as (tasks, ...), the filling cut off."""
+
+  def gather(x):
+    x = jax.lax.all_gather(x, _AXIS)
+    return x.reshape(math.prod(x.shape[:3]), *x.shape[3:])[:tasks]
+
+  return jax.tree.map(gather, tree)
+
+
+@functools.cache
+def _mesh():
+  return Mesh(np.array(jax.local_devices()), (_AXIS,))

@@ -1,0 +1,70 @@
+"""What a person sees of a run: a bar on a terminal, plain lines in a log."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+  """Progress over `total` meta-updates; `metrics` are those of a recent one."""
+
+  def __init__(self, total, start, tasks):
+    self._total, self._tasks = total, tasks
+    self._since = time.perf_counter(), start
+    self._paused = 0.0
+    self._shown = {}
+    self._bar = None
+    if sys.stderr.isatty():
+      shape = '{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]'
+      self._bar = tqdm(total=total, initial=start, bar_format=shape, dynamic_ncols=True, smoothing=0.02)
+
+  def update(self, step, metrics):
+    """Moves the bar to `step`; smooths what it shows, since one meta-batch is noisy."""
+    if self._bar is None:
+      return
+    for name in ('loss', 'accuracy'):
+      if name in metrics:
+        value = float(metrics[name])
+        self._shown[name] = 0.95 * self._shown.get(name, value) + 0.05 * value
+    self._bar.update(step - self._bar.n)
+    rate = self._bar.format_dict['rate']
+    speed = f', {rate * self._tasks:.0f} tasks/s' if rate else ''
+    self._bar.set_postfix_str(readable(self._shown) + speed, refresh=False)
+
+  def log(self, step, metrics):
+    """A line for the log, if there is no bar; returns tasks per second since the last call, pauses left out."""
+    now = time.perf_counter()
+    before, start = self._since
+    rate = (step - start) / max(now - before - self._paused, 1e-9)
+    self._since, self._paused = (now, step), 0.0
+    if self._bar is None:
+      left = time.strftime('%H:%M:%S', time.gmtime((self._total - step) / rate)) if rate else '?'
+      self.say(f'step {step}/{self._total}: {readable(metrics)}, {rate * self._tasks:.0f} tasks/s, {left} left')
+    return rate * self._tasks
+
+  def pause(self, seconds):
+    """Leaves time spent on something else than training out of the speed."""
+    self._paused += seconds
+
+  def say(self, line):
+    """Prints a line, above the bar if there is one."""
+    tqdm.write(line, file=sys.stderr) if self._bar is not None else print(line, flush=True)
+
+  def close(self):
+    if self._bar is not None:
+      self._bar.close()
+
+
+def readable(metrics):
+  """'loss 0.1234, accuracy 97.10 %', from a dict of numbers with or without their intervals."""
+  parts = []
+  for name in ('loss', 'accuracy'):
+    if name in metrics:
+      ci95 = metrics.get(f'{name}_ci95')
+      parts.append(f'{name} {_quantity(name, metrics[name])}' + (f' ± {_quantity(name, ci95)}' if ci95 else ''))
+  return ', '.join(parts)
+
+
+def _quantity(name, value):
+  return f'{100 * float(value):.2f} %' if name == 'accuracy' else f'{float(value):.4f}'

@@ -1,0 +1,360 @@
+"""Training: what a run consists of, one meta-update, and the loop."""
+
+import collections
+import contextlib
+import functools
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metajax import config as config_lib
+from metajax import evaluate, figures, losses, optimizers, parallel, workdir as workdir_lib
+from metajax.checkpoint import Checkpoints
+from metajax.data import episodes, pipeline
+from metajax.errors import UserError
+from metajax.progress import Progress, readable
+from metajax.writer import Writer, read
+from metajax.types import Algorithm, TaskWeighting
+
+
+class TrainState(NamedTuple):
+  """Arrays only, and all that a checkpoint holds."""
+
+  step: Any
+  params: Any
+  model_state: Any
+  opt_state: Any
+  weighting: Any
+
+
+class Experiment(NamedTuple):
+  """What a config stands for: the only place that reads its groups."""
+
+  sources: dict  # {split: episodes.Source}
+  resident: Any  # what all of them keep on the devices
+  objective: losses.Objective
+  algorithm: Algorithm
+  weighting: TaskWeighting
+  tx: optax.GradientTransformation
+  evaluation: Algorithm  # the algorithm with evaluation's inner steps
+  example: Any  # an input batch to initialise with
+
+
+def train_step(state, constants, local, *, experiment, tasks):
+  """One meta-update on a meta-batch; pure, compiled by `parallel.over_devices`.
+
+  Args:
+    state: TrainState.
+    constants: (resident, rng), the same in every step.
+    local: this device's part of the meta-batch, see `parallel.lay_out`.
+    experiment: what is trained.
+    tasks: in the meta-batch.
+
+  Returns:
+    the next state; scalar metrics.
+  """
+  algorithm, weighting = experiment.algorithm, experiment.weighting
+  decode = experiment.sources['train'].decode
+  resident, rng = constants
+  rng_tasks, rng_weighting = jax.random.split(jax.random.fold_in(rng, state.step))
+  class_ids = parallel.gather_tasks(jax.vmap(lambda batch: decode(resident, batch).class_ids)(local[1]), tasks)
+  coefficients = weighting.coefficients(state.weighting, class_ids)
+
+  def meta_gradient(positions, weights, batch):
+    episodes = decode(resident, batch)
+    rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng_tasks, positions)
+
+    def outer_loss(params):
+      losses, (model_state, metrics) = jax.vmap(algorithm.loss, (None, None, 0, 0))(
+        params, state.model_state, episodes, rngs
+      )
+      losses = losses.reshape(len(positions), -1).mean(axis=1)
+      return jnp.sum(weights * coefficients[positions] * losses), (losses, model_state, metrics)
+
+    grads, (losses, model_state, metrics) = jax.grad(outer_loss, has_aux=True)(state.params)
+    weighted = jax.tree.map(lambda x: jnp.tensordot(weights, x, axes=1), (model_state, metrics))
+    return (grads, *weighted), losses
+
+  (grads, model_state, metrics), losses = parallel.mean_over_tasks(meta_gradient, local, tasks)
+  updates, opt_state = experiment.tx.update(grads, state.opt_state, state.params)
+  weights, weight_metrics = weighting.update(state.weighting, losses, class_ids, rng_weighting)
+  state = TrainState(
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    model_state=model_state,
+    opt_state=opt_state,
+    weighting=weights,
+  )
+  return state, {'loss': losses.mean(), 'grad_norm': optax.tree.norm(grads), **metrics, **weight_metrics}
+
+
+def init_state(experiment, seed):
+  """The state before the first meta-update, a function of the seed alone."""
+
+  def init(rng):
+    rng_params, rng_weighting = jax.random.split(rng)
+    params, model_state = experiment.algorithm.init(rng_params, experiment.example)
+    return TrainState(
+      step=jnp.int32(0),
+      params=params,
+      model_state=model_state,
+      opt_state=experiment.tx.init(params),
+      weighting=experiment.weighting.init(rng_weighting),
+    )
+
+  return jax.jit(init)(jax.random.key(seed))
+
+
+def make_experiment(config, data_dir):
+  """Loads the data and builds what the config names."""
+  splits = config_lib.build(config, 'data', str(data_dir))
+  sources = {}
+  for split, data in splits.items():
+    settings = config.data.to_dict()
+    if split != 'train':
+      settings.update({k: v for k, v in config.eval.to_dict().items() if k in settings and v is not None})
+    sources[split] = episodes.make_source(
+      data,
+      split,
+      way=settings['way'],
+      shot=settings['shot'],
+      query_shot=settings['query_shot'],
+      seed=config.seed if split == 'train' else config.eval.seed,
+      placement=settings['placement'],
+    )
+  shapes = jax.eval_shape(sources['train'].decode, sources['train'].resident, sources['train'].sample(0, 1))
+  targets = shapes.query.targets
+  regression = jnp.issubdtype(targets.dtype, jnp.floating)
+  objective = losses.REGRESSION if regression else losses.CLASSIFICATION
+  outputs = targets.shape[-1] if regression else config.data.way
+  if not regression and (config.eval.way or 0) > outputs:
+    raise UserError(f'config.eval.way = {config.eval.way}, but the network was trained with {outputs} outputs')
+  model = config_lib.build(config, 'model', outputs)
+  overrides = {k: config.eval[k] for k in ('inner_steps', 'inner_lr') if config.eval[k] is not None}
+  return Experiment(
+    sources=sources,
+    resident=parallel.replicate(sources['train'].resident),
+    objective=objective,
+    algorithm=config_lib.build(config, 'algorithm', model, objective=objective),
+    weighting=config_lib.build(config, 'weighting'),
+    tx=config_lib.call(optimizers.make, config, 'optimizer', config.total_steps),
+    evaluation=config_lib.build(config, 'algorithm', model, objective=objective, **overrides),
+    example=jnp.zeros(shapes.support.inputs.shape[1:]),
+  )
+
+
+def run(config, workdir, *, data_dir, mode='train_and_eval'):
+  """Trains and evaluates; goes on where the workdir's last run stopped.
+
+  Args:
+    config: complete (`config.complete`); None with mode 'eval' to take the workdir's.
+    workdir: folder of the run.
+    data_dir: where archives of data sets lie.
+    mode: 'train', 'eval' or 'train_and_eval'.
+
+  Raises:
+    UserError: see the message.
+  """
+  with workdir_lib.locked(workdir), _stop_on_sigterm() as stop:
+    config = workdir_lib.settle_config(workdir, config, mode)
+    experiment = make_experiment(config, data_dir)
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+      if mode != 'eval':
+        train(config, experiment, workdir, checkpoints, stop)
+      if mode != 'train' and not stop.requested:
+        test(config, experiment, workdir, checkpoints)
+
+
+def train(config, experiment, workdir, checkpoints, stop):
+  """The loop: from the last checkpoint, or from nothing, to `config.total_steps`."""
+  state = init_state(experiment, config.seed)
+  if steps := checkpoints.steps():
+    state, damaged = checkpoints.restore_first_sound(steps, state)
+    checkpoints.set_aside(damaged)
+  state = parallel.replicate(state)
+  done = int(state.step)
+  if done >= config.total_steps:
+    return
+
+  tasks, source = config.data.tasks, experiment.sources['train']
+  chunk = parallel.chunk_size(config.chunk, tasks, evaluate.elements(source))
+  step_fn = functools.partial(train_step, experiment=experiment, tasks=tasks)
+  step_fn = parallel.over_devices(step_fn, donate=True)
+  constants = experiment.resident, parallel.replicate(jax.random.key(config.seed))
+  validate = validation(config, experiment)
+  make_batch = lambda step: parallel.lay_out(source.sample((step - 1) * tasks, tasks), tasks, chunk)
+
+  progress = Progress(config.total_steps, done, tasks)
+  parameters = sum(x.size for x in jax.tree.leaves(state.params))
+  devices = f'{jax.local_device_count()} {jax.local_devices()[0].device_kind} device(s)'
+  progress.say(f'training {workdir} from step {done}: {parameters:,} parameters, {devices}')
+  running = collections.deque()  # the metrics of steps that the device may still be working on
+
+  with (
+    contextlib.closing(progress),
+    contextlib.closing(Writer(workdir, done)) as writer,
+    contextlib.closing(pipeline.prefetch(make_batch, range(done + 1, config.total_steps + 1))) as batches,
+  ):
+
+    def settle(keep):
+      """Looks at the metrics of all but the last `keep` steps, which waits until these are done."""
+      while len(running) > keep:
+        step, metrics = running.popleft()
+        metrics = jax.device_get(metrics)
+        if not np.isfinite(metrics['loss'] + metrics['grad_norm']):
+          raise _diverged(step, checkpoints)
+        progress.update(step, metrics)
+        if due(step, config.log_every):
+          writer.write(step, 'train', metrics)
+          writer.event(step, {'time/tasks_per_second': progress.log(step, metrics)})
+
+    for step, local in batches:
+      state, metrics = step_fn(state, constants, local)
+      running.append((step, metrics))
+      settle(keep=2)
+      last = step == config.total_steps or stop.requested
+      evaluating = due(step, config.eval_every) or step == config.total_steps
+      if not (evaluating or last or due(step, config.checkpoint_every)):
+        continue
+      settle(keep=0)
+      start = time.perf_counter()
+      score = None
+      if evaluating and validate:
+        summary = validate(state)
+        writer.write(step, 'val', summary)
+        progress.say(f'step {step}/{config.total_steps}: val {readable(summary)}')
+        score = summary.get('accuracy', -summary['loss'])
+      writer.sync()
+      checkpoints.save(state, score)
+      progress.pause(time.perf_counter() - start)
+      if last and step < config.total_steps:
+        progress.say(f'stopped at step {step}, checkpoint saved: run the same command again to go on')
+        break
+
+
+def validation(config, experiment):
+  """A function of the state that summarises the validation episodes; None if the data has no such split."""
+  if 'val' not in experiment.sources:
+    return None
+  evaluate_fn = evaluate.make(
+    experiment.evaluation, experiment.objective, experiment.sources['val'], seed=config.eval.seed, chunk=config.chunk
+  )
+  return lambda state: evaluate.summarise(
+    evaluate_fn(state.params, state.model_state, experiment.resident, config.eval.val_episodes)
+  )
+
+
+def test(config, experiment, workdir, checkpoints):
+  """Evaluates the best checkpoint on the test split; writes `test.json` and figures, prints the line for people."""
+  if not (steps := checkpoints.best_steps()):
+    raise UserError(f'{workdir} holds no checkpoint yet: train first')
+  like = jax.eval_shape(functools.partial(init_state, experiment), config.seed)
+  state, _ = checkpoints.restore_first_sound(steps, like)
+  source = experiment.sources['test']
+  along = experiment.evaluation.trajectory is not None
+  start = time.perf_counter()
+  evaluate_fn = evaluate.make(
+    experiment.evaluation, experiment.objective, source, seed=config.eval.seed, chunk=config.chunk, trajectory=along
+  )
+  params, model_state = parallel.replicate((state.params, state.model_state))
+  summary = evaluate.summarise(evaluate_fn(params, model_state, experiment.resident, config.eval.episodes))
+  seconds = time.perf_counter() - start
+  final = {name: float(values[-1] if along else values) for name, values in summary.items()}
+
+  settings = {k: config.eval[k] if config.eval[k] is not None else config.data[k] for k in ('way', 'shot', 'query_shot')}
+  algorithm = config.algorithm.to_dict()
+  result = {
+    **final,
+    'episodes': config.eval.episodes,
+    **settings,
+    'inner_steps': config.eval.inner_steps or algorithm.get('inner_steps'),
+    'batch_norm': algorithm.get('batch_norm'),
+    'split': 'test',
+    'dataset': config.data.name,
+    'checkpoint_step': int(state.step),
+    'seconds': round(seconds, 2),
+    'seed': config.seed,
+    'algorithm': config.algorithm.name,
+    'model': config.model.name,
+    'classes': source.num_classes,
+    'episode_seed': config.eval.seed,
+  }
+  if along:
+    result['by_inner_step'] = {name: values.tolist() for name, values in summary.items()}
+  result = {name: value for name, value in result.items() if value is not None}
+  temporary = Path(workdir) / 'test.tmp'
+  temporary.write_text(json.dumps(result, indent=2) + '\n')
+  temporary.replace(Path(workdir) / 'test.json')
+  draw(experiment, params, model_state, result, workdir)
+  print(test_line(result), flush=True)
+
+
+def test_line(result):
+  """The last line of an evaluation, from the contents of `test.json`."""
+  protocol = [f'{result["way"]}-way {result["shot"]}-shot' if 'way' in result else f'{result["shot"]}-shot']
+  protocol.append(f'{result["episodes"]} episodes')
+  if 'way' in result and 'batch_norm' in result:
+    protocol.append(f'{result["batch_norm"]} batch norm')
+  protocol.append(f'checkpoint {result["checkpoint_step"]}')
+  names = ['accuracy'] if 'accuracy' in result else ['loss']
+  shown = {name: result[name] for name in [*names, *(f'{name}_ci95' for name in names)]}
+  text = readable(shown).removeprefix('accuracy ').replace('loss', 'mean squared error')
+  return f'test: {text} ({", ".join(protocol)})'
+
+
+def draw(experiment, params, model_state, result, workdir):
+  """Draws what training and the test leave to see, into `figures/`."""
+  folder = Path(workdir) / 'figures'
+  folder.mkdir(exist_ok=True)
+  figures.learning_curves(folder / 'learning_curves.png', read(workdir))
+  quantity = 'accuracy' if 'accuracy' in result else 'loss'
+  if steps := result.get('by_inner_step'):
+    figures.inner_steps(
+      folder / 'inner_steps.png', steps[quantity], steps[f'{quantity}_ci95'], quantity=quantity, way=result.get('way')
+    )
+
+
+def due(step, every):
+  """Whether something done every so many steps is to be done now; never, if `every` is 0."""
+  return every > 0 and step % every == 0
+
+
+def _diverged(step, checkpoints):
+  steps = checkpoints.steps()
+  good = f'the last good checkpoint is of step {steps[0]}' if steps else 'there is no checkpoint before it'
+  return UserError(
+    f'training diverged: loss or gradient is not finite at step {step}; {good} in {checkpoints.directory}. '
+    'Try a smaller config.algorithm.inner_lr or config.optimizer.learning_rate, or config.optimizer.clip=10'
+  )
+
+
+class _Stop:
+  """Whether the process was asked to end."""
+
+  requested = False
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm():
+  """Turns SIGTERM into a request that the loop meets at its next step."""
+  stop = _Stop()
+
+  def handler(number, frame):
+    stop.requested = True
+
+  try:
+    previous = signal.signal(signal.SIGTERM, handler)
+  except ValueError:  # signals can be handled in the main thread alone: elsewhere SIGTERM stays as it is
+    yield stop
+    return
+  try:
+    yield stop
+  finally:
+    signal.signal(signal.SIGTERM, previous)

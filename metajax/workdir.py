@@ -1,0 +1,90 @@
+"""The folder of one run: one process at a time, one config for good."""
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+
+from metajax import config as config_lib
+from metajax.errors import UserError
+
+# What may differ when a run goes on: it changes no result, or (chunk) only the order of a sum.
+_FREE = ('log_every', 'chunk', 'data.placement')
+# What evaluation may choose anew.
+_OF_EVALUATION = ('eval.', 'data.way', 'data.shot', 'data.query_shot')
+
+
+@contextlib.contextmanager
+def locked(workdir):
+  """Creates the folder and holds its lock; the operating system lets go of it however the process ends.
+
+  Raises:
+    UserError: another process holds it, or the folder cannot be written.
+  """
+  path = Path(workdir) / '.lock'
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open('a+')
+  except OSError as error:
+    raise UserError(f'--workdir: cannot write to {workdir} ({error.strerror}): choose another') from None
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      holder = file.read().strip() or 'another process'
+      raise UserError(f'--workdir: {workdir} is in use by {holder}: wait for it, or choose another workdir') from None
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {os.uname().nodename}')
+    file.flush()
+    yield
+
+
+def settle_config(workdir, config, mode):
+  """Compares a config with the one that the workdir was made with, and keeps it there.
+
+  Args:
+    workdir: may be new.
+    config: complete; None in evaluation, to take the workdir's.
+    mode: 'train', 'eval' or 'train_and_eval'.
+
+  Returns:
+    the config to go on with. In evaluation way, shot and query_shot that differ from training become settings of
+    `eval`.
+
+  Raises:
+    UserError: a setting differs that would change the result, or there is nothing to evaluate.
+  """
+  path = Path(workdir) / 'config.json'
+  if not path.exists():
+    if mode == 'eval':
+      raise UserError(f'--mode=eval: {workdir} holds no run (no config.json): train first, or name its workdir')
+    _write(path, config)
+    return config
+  kept = config_lib.from_json(path.read_text())
+  if config is None:
+    return kept
+  free = [*_FREE, *(_OF_EVALUATION if mode == 'eval' else ())]
+  if kept.optimizer.schedule == 'constant':
+    free.append('total_steps')
+  differing = [key for key in config_lib.differences(kept, config) if not key.startswith(tuple(free))]
+  if differing:
+    raise UserError(
+      f'--workdir: {workdir} was made with another config: {", ".join(differing)} '
+      f'{"differs" if len(differing) == 1 else "differ"} from its config.json: choose another workdir'
+    )
+  if mode != 'eval':
+    _write(path, config)
+    return config
+  settings = config.to_dict()
+  for key in ('way', 'shot', 'query_shot'):
+    if config.data[key] != kept.data[key] and settings['eval'][key] is None:
+      settings['eval'][key] = config.data[key]
+    settings['data'][key] = kept.data[key]
+  return config_lib.complete(settings)
+
+
+def _write(path, config):
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(config_lib.to_json(config))
+  temporary.replace(path)

@@ -1,0 +1,56 @@
+"""Metrics on disk: JSON lines that a resumed run continues exactly, and TensorBoard events."""
+
+import json
+import os
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+
+class Writer:
+  """Writes `metrics.jsonl` and TensorBoard events of one workdir.
+
+  Whatever lies beyond `step`, the step that the run goes on from, was written by a run that was cut off: it goes, and
+  is written again.
+  """
+
+  def __init__(self, workdir, step):
+    self._path = Path(workdir) / 'metrics.jsonl'
+    kept = [record for record in read(workdir) if record['step'] <= step]
+    temporary = self._path.with_suffix('.tmp')
+    temporary.write_text(''.join(_line(record) for record in kept))
+    temporary.replace(self._path)
+    self._file = self._path.open('a')
+    self._events = SummaryWriter(str(workdir), purge_step=step + 1)
+
+  def write(self, step, split, metrics):
+    """Adds {'step': step, 'split/name': value, ...}."""
+    metrics = {f'{split}/{name}': float(value) for name, value in metrics.items()}
+    self._file.write(_line({'step': step, **metrics}))
+    self._file.flush()
+    self.event(step, metrics)
+
+  def event(self, step, metrics):
+    """Adds values to the TensorBoard events alone, for what differs from run to run: times."""
+    for name, value in metrics.items():
+      self._events.add_scalar(name, value, step)
+
+  def sync(self):
+    """Everything so far is on disk when this returns: to be called before the step's checkpoint is."""
+    os.fsync(self._file.fileno())
+    self._events.flush()
+
+  def close(self):
+    self._file.close()
+    self._events.close()
+
+
+def read(workdir):
+  """The records of `metrics.jsonl`; a last line cut off in the middle is left out."""
+  path = Path(workdir) / 'metrics.jsonl'
+  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+  return [json.loads(line) for line in lines if line.endswith('\n')]
+
+
+def _line(record):
+  return json.dumps(record) + '\n'
