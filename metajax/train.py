@@ -3,10 +3,8 @@
 import collections
 import contextlib
 import functools
-import json
 import signal
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,13 +13,14 @@ import numpy as np
 import optax
 
 from metajax import config as config_lib
-from metajax import evaluate, figures, losses, optimizers, parallel, workdir as workdir_lib
+from metajax import evaluate, losses, optimizers, parallel, report
+from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
 from metajax.data import episodes, pipeline
 from metajax.errors import UserError
 from metajax.progress import Progress, readable
-from metajax.writer import Writer, read
 from metajax.types import Algorithm, TaskWeighting
+from metajax.writer import Writer
 
 
 class TrainState(NamedTuple):
@@ -37,6 +36,7 @@ class TrainState(NamedTuple):
 class Experiment(NamedTuple):
   """What a config stands for: the only place that reads its groups."""
 
+  splits: dict  # {split: ClassTable or Functions}
   sources: dict  # {split: episodes.Source}
   resident: Any  # what all of them keep on the devices
   objective: losses.Objective
@@ -139,6 +139,7 @@ def make_experiment(config, data_dir):
   model = config_lib.build(config, 'model', outputs)
   overrides = {k: config.eval[k] for k in ('inner_steps', 'inner_lr') if config.eval[k] is not None}
   return Experiment(
+    splits=splits,
     sources=sources,
     resident=parallel.replicate(sources['train'].resident),
     objective=objective,
@@ -169,7 +170,7 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
       if mode != 'eval':
         train(config, experiment, workdir, checkpoints, stop)
       if mode != 'train' and not stop.requested:
-        test(config, experiment, workdir, checkpoints)
+        report.test(config, experiment, load_best(checkpoints, experiment, config), workdir)
 
 
 def train(config, experiment, workdir, checkpoints, stop):
@@ -251,74 +252,13 @@ def validation(config, experiment):
   )
 
 
-def test(config, experiment, workdir, checkpoints):
-  """Evaluates the best checkpoint on the test split; writes `test.json` and figures, prints the line for people."""
+def load_best(checkpoints, experiment, config):
+  """The state of the best checkpoint by validation; the latest, where nothing was validated."""
   if not (steps := checkpoints.best_steps()):
-    raise UserError(f'{workdir} holds no checkpoint yet: train first')
-  like = jax.eval_shape(functools.partial(init_state, experiment), config.seed)
+    raise UserError(f'{checkpoints.directory} holds no checkpoint yet: train first')
+  like = jax.eval_shape(functools.partial(init_state, experiment, config.seed))
   state, _ = checkpoints.restore_first_sound(steps, like)
-  source = experiment.sources['test']
-  along = experiment.evaluation.trajectory is not None
-  start = time.perf_counter()
-  evaluate_fn = evaluate.make(
-    experiment.evaluation, experiment.objective, source, seed=config.eval.seed, chunk=config.chunk, trajectory=along
-  )
-  params, model_state = parallel.replicate((state.params, state.model_state))
-  summary = evaluate.summarise(evaluate_fn(params, model_state, experiment.resident, config.eval.episodes))
-  seconds = time.perf_counter() - start
-  final = {name: float(values[-1] if along else values) for name, values in summary.items()}
-
-  settings = {k: config.eval[k] if config.eval[k] is not None else config.data[k] for k in ('way', 'shot', 'query_shot')}
-  algorithm = config.algorithm.to_dict()
-  result = {
-    **final,
-    'episodes': config.eval.episodes,
-    **settings,
-    'inner_steps': config.eval.inner_steps or algorithm.get('inner_steps'),
-    'batch_norm': algorithm.get('batch_norm'),
-    'split': 'test',
-    'dataset': config.data.name,
-    'checkpoint_step': int(state.step),
-    'seconds': round(seconds, 2),
-    'seed': config.seed,
-    'algorithm': config.algorithm.name,
-    'model': config.model.name,
-    'classes': source.num_classes,
-    'episode_seed': config.eval.seed,
-  }
-  if along:
-    result['by_inner_step'] = {name: values.tolist() for name, values in summary.items()}
-  result = {name: value for name, value in result.items() if value is not None}
-  temporary = Path(workdir) / 'test.tmp'
-  temporary.write_text(json.dumps(result, indent=2) + '\n')
-  temporary.replace(Path(workdir) / 'test.json')
-  draw(experiment, params, model_state, result, workdir)
-  print(test_line(result), flush=True)
-
-
-def test_line(result):
-  """The last line of an evaluation, from the contents of `test.json`."""
-  protocol = [f'{result["way"]}-way {result["shot"]}-shot' if 'way' in result else f'{result["shot"]}-shot']
-  protocol.append(f'{result["episodes"]} episodes')
-  if 'way' in result and 'batch_norm' in result:
-    protocol.append(f'{result["batch_norm"]} batch norm')
-  protocol.append(f'checkpoint {result["checkpoint_step"]}')
-  names = ['accuracy'] if 'accuracy' in result else ['loss']
-  shown = {name: result[name] for name in [*names, *(f'{name}_ci95' for name in names)]}
-  text = readable(shown).removeprefix('accuracy ').replace('loss', 'mean squared error')
-  return f'test: {text} ({", ".join(protocol)})'
-
-
-def draw(experiment, params, model_state, result, workdir):
-  """Draws what training and the test leave to see, into `figures/`."""
-  folder = Path(workdir) / 'figures'
-  folder.mkdir(exist_ok=True)
-  figures.learning_curves(folder / 'learning_curves.png', read(workdir))
-  quantity = 'accuracy' if 'accuracy' in result else 'loss'
-  if steps := result.get('by_inner_step'):
-    figures.inner_steps(
-      folder / 'inner_steps.png', steps[quantity], steps[f'{quantity}_ci95'], quantity=quantity, way=result.get('way')
-    )
+  return parallel.replicate(state)
 
 
 def due(step, every):
