@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from metajax.errors import UserError, first_line
 
@@ -23,15 +22,11 @@ class Checkpoints:
 
   def __init__(self, workdir):
     self.directory = Path(workdir).absolute() / 'checkpoints'
-    policy = checkpoint_managers.AnyPreservationPolicy(
-      [
-        checkpoint_managers.LatestN(_KEEP_LATEST),
-        checkpoint_managers.BestN(
-          get_metric_fn=_score, n=_KEEP_BEST, keep_checkpoints_without_metrics=False
-        ),
-      ]
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=_LatestAndBest(),
+      best_fn=lambda metrics: metrics['score'],  # never called: it makes the manager keep the metrics
+      cleanup_tmp_directories=True,
     )
-    options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
     self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=('state', 'checksum'))
 
   def save(self, state, score=None):
@@ -42,7 +37,7 @@ class Checkpoints:
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state), checksum=ocp.args.JsonSave({'crc32': _checksum(state)})
       ),
-      metrics=None if score is None else {'score': float(score)},
+      metrics={'score': None if score is None else float(score)},
     )
 
   def restore(self, step, like):
@@ -82,21 +77,35 @@ class Checkpoints:
       self._manager.reload()
 
   def steps(self):
-    """Steps of all checkpoints, the latest first."""
+    """Steps of all checkpoints, the latest first; waits for the one being written."""
+    self._manager.wait_until_finished()
     return sorted(self._manager.all_steps(), reverse=True)
 
   def best_steps(self):
     """Steps of all checkpoints, the best by validation first, those never validated last."""
-    scores = {step: self._manager.metrics(step) for step in self.steps()}
-    return sorted(scores, key=lambda step: (scores[step]['score'] if scores[step] else -np.inf, step), reverse=True)
+    return sorted(self.steps(), key=lambda step: _rank(self._manager.metrics(step), step), reverse=True)
 
   def close(self):
     """Waits until everything is on disk."""
     self._manager.close()
 
 
-def _score(metrics):
-  return metrics['score']
+class _LatestAndBest:
+  """Which checkpoints stay. Orbax's own BestN keeps whatever there is while there are few, validated or not."""
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    latest = [info.step for info in checkpoints][-_KEEP_LATEST:]
+    scored = [info for info in checkpoints if info.metrics and info.metrics['score'] is not None]
+    best = sorted(_rank(info.metrics, info.step) for info in scored)[-_KEEP_BEST:]
+    kept = {*latest, *(step for _, step in best)}
+    return [info.step in kept for info in checkpoints]
+
+
+def _rank(metrics, step):
+  """What to sort by: validation score, later first among equals; never validated comes last."""
+  score = metrics['score'] if metrics else None
+  return (-np.inf if score is None else score, step)
 
 
 def _checksum(state):

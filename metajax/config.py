@@ -1,10 +1,12 @@
 """Configs: reading a file, filling in defaults, building what the settings name, comparing two of them."""
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
 import json
+import operator
 import pkgutil
 import re
 from pathlib import Path
@@ -19,7 +21,8 @@ from metajax.errors import UserError, first_line
 
 REQUIRED = inspect.Parameter.empty
 
-# Defaults of the settings that no module's signature holds. An empty setting of `eval` is as in training.
+# Defaults of the settings that no module's signature holds. One of a type is empty until it is given; an empty
+# setting of `eval` is as in training.
 _TOP_LEVEL = dict(
   seed=0,  # of initial weights and training episodes
   total_steps=REQUIRED,  # meta-updates
@@ -29,7 +32,7 @@ _TOP_LEVEL = dict(
   chunk='auto',  # tasks that one `vmap` takes at once; the rest by a scan
 )
 _DATA = dict(
-  way=placeholder(int),  # none in regression
+  way=int,  # none in regression
   shot=REQUIRED,
   query_shot=REQUIRED,
   tasks=REQUIRED,  # episodes in a meta-batch
@@ -39,11 +42,11 @@ _EVAL = dict(
   episodes=600,  # of the test split
   val_episodes=300,
   seed=0,  # of the validation and test episodes: leave it, so that all runs face the same ones
-  inner_steps=placeholder(int),
-  inner_lr=placeholder(float),
-  way=placeholder(int),
-  shot=placeholder(int),
-  query_shot=placeholder(int),
+  inner_steps=int,
+  inner_lr=float,
+  way=int,
+  shot=int,
+  query_shot=int,
 )
 _PACKAGES = {'data': 'load', 'model': 'make', 'algorithm': 'make', 'weighting': 'make'}
 _GROUPS = (*_PACKAGES, 'optimizer', 'eval')
@@ -156,6 +159,11 @@ def build(config, group, *supplied, **more):
   return call(_function(group, config[group].name), config, group, *supplied, **more)
 
 
+def get(config, name):
+  """The setting of a dotted name."""
+  return functools.reduce(operator.getitem, name.split('.'), config)
+
+
 def differences(a, b):
   """The dotted names of the settings in which two complete configs differ."""
   a, b = _flat(_plain(a)), _flat(_plain(b))
@@ -194,10 +202,10 @@ def _fill(where, settings, defaults, *, groups=(), name=None):
       of = f'{name} has' if name else 'there is'
       raise UserError(f'{where}.{key}: {of} no such setting{_known(key, [*defaults, *groups])}')
   for key, value in defaults.items():
-    if value is REQUIRED and key not in settings:
+    if value is REQUIRED and settings.get(key) is None:
       raise UserError(f'{where}.{key} is missing')
     if settings.get(key) is None:  # an empty setting read from a file loses its type: give it back
-      settings[key] = value
+      settings[key] = placeholder(value) if isinstance(value, type) else value
 
 
 def _defaults(group, name):

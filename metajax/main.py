@@ -1,19 +1,26 @@
 """python -m metajax.main --config=FILE[:ARGS] [--workdir=DIR] [--mode=MODE] [--data_dir=DIR] [--config.KEY=VALUE ...]"""
 
+import logging
 import os
 import re
 import sys
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from metajax import config as config_lib
 from metajax import train
+from metajax.data import table
 from metajax.errors import UserError, first_line
 
 
 def main(argv=None):
   """Runs a command line; returns the exit status: 2 with one line on stderr for what a user can mend."""
+  logging.basicConfig(format='%(message)s')
+  logging.getLogger('metajax').setLevel(logging.INFO)
+  # A program that was compiled once is read from disk when a run is started again.
+  jax.config.update('jax_compilation_cache_dir', str(table.cache_dir() / 'xla'))
   try:
     options, overrides = parse(sys.argv if argv is None else argv)
     config = config_lib.override(config_lib.load(options.config), overrides) if options.config else None

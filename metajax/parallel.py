@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from metajax.errors import UserError
+
 _AXIS = 'devices'
 _CPU_CHUNK_ELEMENTS = 32768  # input values of a chunk that a core's cache copes with; 1 to 4 tasks of 28x28 images
 
@@ -24,10 +26,15 @@ def chunk_size(chunk, tasks, elements):
     chunk: a number, or 'auto': on a CPU what its cache holds, elsewhere all tasks of a device.
     tasks: in the meta-batch.
     elements: input values of one task.
+
+  Raises:
+    UserError: `chunk` is something else.
   """
   local = math.ceil(tasks / jax.local_device_count())
   if chunk == 'auto':
     chunk = max(1, _CPU_CHUNK_ELEMENTS // elements) if jax.default_backend() == 'cpu' else local
+  elif not str(chunk).isdecimal() or int(chunk) < 1:
+    raise UserError(f"config.chunk is 'auto' or a number of tasks, not {chunk!r}")
   return math.ceil(local / math.ceil(local / min(int(chunk), local)))  # the most even chunks of at most this size
 
 

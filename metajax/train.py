@@ -17,7 +17,7 @@ from metajax import evaluate, losses, optimizers, parallel, report
 from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
 from metajax.data import episodes, pipeline
-from metajax.errors import UserError
+from metajax.errors import UserError, first_line
 from metajax.progress import Progress, readable
 from metajax.types import Algorithm, TaskWeighting
 from metajax.writer import Writer
@@ -109,11 +109,17 @@ def init_state(experiment, seed):
       weighting=experiment.weighting.init(rng_weighting),
     )
 
-  return jax.jit(init)(jax.random.key(seed))
+  try:
+    return jax.jit(init)(jax.random.key(seed))
+  except ValueError as error:  # what an algorithm finds wrong only when it sees the model's parameters
+    raise UserError(f'config.algorithm: {first_line(error)}') from error
 
 
 def make_experiment(config, data_dir):
   """Loads the data and builds what the config names."""
+  for name in ('total_steps', 'data.tasks', 'eval.episodes', 'eval.val_episodes'):
+    if config_lib.get(config, name) < 1:
+      raise UserError(f'config.{name} = {config_lib.get(config, name)}: at least 1 is needed')
   splits = config_lib.build(config, 'data', str(data_dir))
   sources = {}
   for split, data in splits.items():
@@ -176,6 +182,7 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
 def train(config, experiment, workdir, checkpoints, stop):
   """The loop: from the last checkpoint, or from nothing, to `config.total_steps`."""
   state = init_state(experiment, config.seed)
+  workdir_lib.keep_config(workdir, config)
   if steps := checkpoints.steps():
     state, damaged = checkpoints.restore_first_sound(steps, state)
     checkpoints.set_aside(damaged)

@@ -41,7 +41,7 @@ def locked(workdir):
 
 
 def settle_config(workdir, config, mode):
-  """Compares a config with the one that the workdir was made with, and keeps it there.
+  """Compares a config with the one that the workdir was made with.
 
   Args:
     workdir: may be new.
@@ -59,7 +59,6 @@ def settle_config(workdir, config, mode):
   if not path.exists():
     if mode == 'eval':
       raise UserError(f'--mode=eval: {workdir} holds no run (no config.json): train first, or name its workdir')
-    _write(path, config)
     return config
   kept = config_lib.from_json(path.read_text())
   if config is None:
@@ -74,7 +73,6 @@ def settle_config(workdir, config, mode):
       f'{"differs" if len(differing) == 1 else "differ"} from its config.json: choose another workdir'
     )
   if mode != 'eval':
-    _write(path, config)
     return config
   settings = config.to_dict()
   for key in ('way', 'shot', 'query_shot'):
@@ -84,7 +82,9 @@ def settle_config(workdir, config, mode):
   return config_lib.complete(settings)
 
 
-def _write(path, config):
+def keep_config(workdir, config):
+  """Writes `config.json`: from now on the workdir belongs to this config."""
+  path = Path(workdir) / 'config.json'
   temporary = path.with_suffix('.tmp')
   temporary.write_text(config_lib.to_json(config))
   temporary.replace(path)

@@ -1,0 +1,42 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / 'tests' / 'tiny.py')
+
+
+@pytest.fixture(scope='session')
+def shared_cache(tmp_path_factory):
+  """A cache folder that outlives the test: programs compiled by one process serve the next."""
+  return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture
+def cache(shared_cache, monkeypatch):
+  monkeypatch.setenv('METAJAX_CACHE', str(shared_cache))
+  return shared_cache
+
+
+@pytest.fixture(scope='session')
+def omniglot_dir():
+  """The folder with the real Omniglot archives."""
+  folder = Path(os.environ.get('METAJAX_TEST_OMNIGLOT') or ROOT.parent / 'shared' / 'data' / 'omniglot')
+  if not (folder / 'images_background.zip').exists():
+    pytest.skip(f'no Omniglot archives in {folder}; METAJAX_TEST_OMNIGLOT names another folder')
+  return folder
+
+
+def start(*arguments, **environment):
+  """Starts metajax in a process of its own."""
+  return subprocess.Popen(
+    [sys.executable, '-m', 'metajax.main', *arguments],
+    cwd=ROOT,
+    env={**os.environ, **environment},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )

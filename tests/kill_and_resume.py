@@ -1,0 +1,95 @@
+"""Kills a run at random moments and starts it again, until it has ended as often as asked: the end must be the same.
+
+    python -m tests.kill_and_resume --kills=20 -- --config=configs/quickstart.py --config.total_steps=200
+
+runs what stands after the `--` once without disturbance, then again and again with SIGKILL at random moments, and
+compares final parameters, optimiser state, metrics.jsonl and test.json, bit for bit.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+def run(arguments, workdir, kill_after=None):
+  """Runs metajax; returns whether it was killed before its end, after `kill_after` seconds."""
+  command = [sys.executable, '-m', 'metajax.main', *arguments, f'--workdir={workdir}']
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  try:
+    output, _ = process.communicate(timeout=kill_after)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    process.communicate()
+    return True
+  if process.returncode:
+    raise RuntimeError(f'exit status {process.returncode}: {output}')
+  return False
+
+
+def outcome(workdir):
+  """What a run leaves that must not depend on interruptions: arrays of its last checkpoint, metrics, test result."""
+  steps = [int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit()]
+  state = ocp.StandardCheckpointer().restore((workdir / 'checkpoints' / str(max(steps)) / 'state').absolute())
+  arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+  test = json.loads((workdir / 'test.json').read_text())
+  del test['seconds']
+  return {'steps': sorted(steps), 'arrays': arrays, 'metrics': (workdir / 'metrics.jsonl').read_text(), 'test': test}
+
+
+def differences(a, b):
+  """What differs between two outcomes."""
+  found = [name for name in ('steps', 'metrics', 'test') if a[name] != b[name]]
+  for name in a['arrays'].keys() | b['arrays'].keys():
+    x, y = a['arrays'].get(name), b['arrays'].get(name)
+    if x is None or y is None or x.tobytes() != y.tobytes():
+      found.append(name)
+  return found
+
+
+def check(arguments, folder, kills, seed=0):
+  """Runs undisturbed, then with kills; returns a line about each finished run, raises if one differs."""
+  rng, folder = random.Random(seed), Path(folder)
+  run(arguments, folder / 'warm-up')  # compiles: from here on all runs take alike
+  start = time.monotonic()
+  run(arguments, folder / 'undisturbed')
+  seconds = time.monotonic() - start
+  expected = outcome(folder / 'undisturbed')
+  lines, killed, attempt = [f'undisturbed: {seconds:.1f} s, checkpoints {expected["steps"]}'], 0, 0
+  while killed < kills:
+    workdir, moments = folder / f'killed-{attempt}', []
+    attempt += 1
+    while killed < kills:
+      moment = rng.uniform(0.1, 1.0) * seconds
+      if not run(arguments, workdir, moment):
+        break
+      killed += 1
+      moments.append(round(moment, 1))
+    else:
+      run(arguments, workdir)
+    if found := differences(expected, outcome(workdir)):
+      raise AssertionError(f'{workdir}: killed after {moments} s, and these differ: {found}')
+    lines.append(f'{workdir.name}: killed after {moments} s, then the same end, bit for bit')
+  return lines
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--kills', type=int, default=20)
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('arguments', nargs='+')
+  options = parser.parse_args()
+  with tempfile.TemporaryDirectory() as folder:
+    print('\n'.join(check(options.arguments, folder, options.kills, options.seed)))
+
+
+if __name__ == '__main__':
+  main()

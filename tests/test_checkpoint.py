@@ -1,0 +1,118 @@
+import json
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metajax import writer
+from metajax.checkpoint import Checkpoints
+from metajax.errors import UserError
+
+
+class State(NamedTuple):
+  step: Any
+  params: Any
+
+
+def state_at(step):
+  values = np.random.default_rng(step).normal(size=(64, 64)).astype(np.float32)
+  return State(jnp.int32(step), {'w': jnp.asarray(values), 'b': jnp.arange(3)})
+
+
+def assert_same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes() and x.dtype == y.dtype
+
+
+def test_keeps_the_best_five_and_the_latest_two(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  scores = [0.9, 0.1, 0.8, 0.7, 0.6, 0.5, 0.2, 0.3, None, 0.15]
+  for step, score in enumerate(scores, start=1):
+    checkpoints.save(state_at(step), score)
+  checkpoints.close()
+  checkpoints = Checkpoints(tmp_path)
+  assert checkpoints.steps() == [10, 9, 6, 5, 4, 3, 1]
+  assert checkpoints.best_steps() == [1, 3, 4, 5, 6, 10, 9]
+  assert_same(checkpoints.restore(3, state_at(0)), state_at(3))
+  checkpoints.close()
+
+
+def test_save_copies_the_state_that_the_next_step_overwrites(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  increase = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+  state, expected = state_at(1), state_at(1)
+  checkpoints.save(state)
+  for _ in range(20):
+    state = increase(state)
+  checkpoints.close()
+  checkpoints = Checkpoints(tmp_path)
+  assert_same(checkpoints.restore(1, expected), expected)
+  checkpoints.close()
+
+
+def largest_file(folder):
+  return max((path for path in folder.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+@pytest.mark.parametrize('damage', [truncate, flip_a_bit, lambda path: path.unlink()])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys, damage):
+  checkpoints = Checkpoints(tmp_path)
+  for step in (1, 2, 3):
+    checkpoints.save(state_at(step), 0.5)
+  checkpoints.close()
+  damage(largest_file(tmp_path / 'checkpoints' / '3'))
+  checkpoints = Checkpoints(tmp_path)
+  state, damaged = checkpoints.restore_first_sound(checkpoints.steps(), state_at(0))
+  assert_same(state, state_at(2))
+  assert list(damaged) == [3]
+  assert f'checkpoint {tmp_path}/checkpoints/3 cannot be read' in capsys.readouterr().out
+  checkpoints.set_aside(damaged)
+  assert checkpoints.steps() == [2, 1] and (tmp_path / 'damaged_checkpoints' / '3').is_dir()
+  checkpoints.save(state_at(3), 0.5)  # its step is free again
+  checkpoints.close()
+  checkpoints = Checkpoints(tmp_path)
+  assert_same(checkpoints.restore(3, state_at(0)), state_at(3))
+  checkpoints.close()
+
+
+def test_nothing_is_lost_when_no_checkpoint_can_be_read(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(state_at(1))
+  checkpoints.close()
+  checkpoints = Checkpoints(tmp_path)
+  other = State(jnp.int32(0), {'w': jnp.zeros((2, 2))})
+  with pytest.raises(UserError, match='no checkpoint in .* can be read'):
+    checkpoints.restore_first_sound(checkpoints.steps(), other)
+  assert checkpoints.steps() == [1]
+  checkpoints.close()
+
+
+def test_writer_drops_what_lies_beyond_the_checkpoint_and_a_line_cut_off(tmp_path):
+  first = writer.Writer(tmp_path, 0)
+  for step in range(1, 5):
+    first.write(step, 'train', {'loss': 1 / step})
+  first.close()
+  path = tmp_path / 'metrics.jsonl'
+  whole = path.read_text()
+  with path.open('a') as file:
+    file.write('{"step": 5, "train/lo')
+  second = writer.Writer(tmp_path, 2)
+  assert [record['step'] for record in writer.read(tmp_path)] == [1, 2]
+  for step in (3, 4):
+    second.write(step, 'train', {'loss': 1 / step})
+  second.close()
+  assert path.read_text() == whole
+  assert json.loads(whole.splitlines()[2]) == {'step': 3, 'train/loss': 1 / 3}

@@ -1,0 +1,241 @@
+import fcntl
+import json
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.conftest import TINY, start
+
+from metajax import main, report
+
+
+def run(*arguments):
+  return main.main(['metajax', *(str(argument) for argument in arguments)])
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory, shared_cache):
+  """A finished run of the tiny config, and what it printed."""
+  workdir = tmp_path_factory.mktemp('runs') / 'finished'
+  process = start(f'--config={TINY}', f'--workdir={workdir}', METAJAX_CACHE=str(shared_cache))
+  output, errors = process.communicate(timeout=300)
+  assert process.returncode == 0, errors
+  return workdir, output
+
+
+def test_workdir_holds_what_the_design_names(finished):
+  workdir, output = finished
+  names = {path.name for path in workdir.iterdir()}
+  assert {'config.json', 'metrics.jsonl', 'checkpoints', 'figures', 'test.json'} <= names
+  assert any(name.startswith('events.out.tfevents') for name in names)
+  figures = {path.name for path in (workdir / 'figures').iterdir()}
+  assert figures == {'learning_curves.png', 'inner_steps.png', 'episode.png'}
+  for path in (workdir / 'figures').iterdir():
+    Image.open(path).verify()
+
+  records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert [r['step'] for r in records if 'train/loss' in r] == [1, 2, 3, 4, 5, 6]
+  assert [r['step'] for r in records if 'val/accuracy_ci95' in r] == [3, 6]
+  assert not any('time' in key for r in records for key in r)
+
+  result = json.loads((workdir / 'test.json').read_text())
+  expected = dict(episodes=20, way=3, shot=1, query_shot=2, inner_steps=2, batch_norm='transductive', split='test',
+                  dataset='glyphs', seed=0, classes=6)  # fmt: skip
+  assert expected.items() <= result.items()
+  assert 0 <= result['accuracy'] <= 1 and result['accuracy_ci95'] > 0 and result['seconds'] > 0
+  assert result['checkpoint_step'] in (3, 6)
+  assert len(result['by_inner_step']['accuracy']) == 3
+  assert result['by_inner_step']['accuracy'][-1] == result['accuracy']
+  assert output.splitlines()[-1] == report.test_line(result)
+
+
+def test_log_has_plain_lines(finished):
+  _, output = finished
+  lines = output.splitlines()
+  assert any(line.startswith('step 4/6: loss ') and 'tasks/s' in line and 'left' in line for line in lines)
+  assert any(line.startswith('step 3/6: val loss ') for line in lines)
+  assert '\r' not in output and '\x1b' not in output
+
+
+def test_test_line():
+  result = dict(accuracy=0.98714, accuracy_ci95=0.0021, way=5, shot=1, episodes=600, batch_norm='transductive',
+                checkpoint_step=12000, loss=0.1, loss_ci95=0.01)  # fmt: skip
+  line = 'test: 98.71 % ± 0.21 % (5-way 1-shot, 600 episodes, transductive batch norm, checkpoint 12000)'
+  assert report.test_line(result) == line
+  result = dict(loss=0.5, loss_ci95=0.25, shot=10, episodes=600, checkpoint_step=7)
+  assert report.test_line(result) == 'test: mean squared error 0.5000 ± 0.2500 (10-shot, 600 episodes, checkpoint 7)'
+
+
+def test_tensorboard_events_are_readable_without_tensorflow(finished):
+  from tensorboardX.proto.event_pb2 import Event
+
+  workdir, _ = finished
+  data = next(workdir.glob('events.out.tfevents*')).read_bytes()
+  tags, position = set(), 0
+  while position < len(data):  # records: length (8 bytes), its checksum (4), the event, its checksum (4)
+    length = int.from_bytes(data[position : position + 8], 'little')
+    event = Event.FromString(data[position + 12 : position + 12 + length])
+    tags |= {(event.step, value.tag) for value in event.summary.value}
+    position += 16 + length
+  assert {(6, 'train/loss'), (3, 'val/accuracy'), (6, 'time/tasks_per_second')} <= tags
+
+
+def test_eval_mode_takes_the_workdirs_config_and_gives_the_same_numbers(finished, cache, capsys):
+  workdir, _ = finished
+  before = json.loads((workdir / 'test.json').read_text())
+  assert run('--mode=eval', f'--workdir={workdir}') == 0
+  after = json.loads((workdir / 'test.json').read_text())
+  assert {**after, 'seconds': 0} == {**before, 'seconds': 0}
+  assert capsys.readouterr().out.splitlines()[-1] == report.test_line(after)
+
+
+def test_eval_mode_with_other_options_of_evaluation(finished, cache):
+  workdir, _ = finished
+  assert run('--mode=eval', f'--config={TINY}:way=2,shot=2', f'--workdir={workdir}', '--config.eval.inner_steps=4',
+             '--config.eval.episodes=7') == 0  # fmt: skip
+  result = json.loads((workdir / 'test.json').read_text())
+  assert dict(way=2, shot=2, inner_steps=4, episodes=7).items() <= result.items()
+  assert run('--mode=eval', f'--workdir={workdir}') == 0
+
+
+def test_errors_of_the_command_line(finished, cache, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  workdir, _ = finished
+  tiny = f'--config={TINY}'
+  for arguments, message in [
+    ((), '--config=FILE is missing'),
+    (('--config=none.py',), 'there is no file none.py'),
+    ((f'{tiny}:wya=3',), "did you mean 'way'"),
+    ((tiny, '--config.algorithm.inner_stepz=1'), "did you mean 'inner_steps'"),
+    ((tiny, '--config.seed=x'), 'seed'),
+    ((tiny, '--wrokdir=x'), 'wrokdir'),
+    ((tiny, '--mode=trian'), 'mode'),
+    ((tiny, 'train'), "'train'"),
+    ((tiny, '--mode=eval', '--workdir=new'), 'holds no run'),
+    ((f'{tiny}:way=7',), 'way = 7, but the val split has only 6 classes'),
+    ((f'{tiny}:shot=5',), 'only 6 images'),
+    ((tiny, '--config.algorithm.batch_norm=none'), 'batch_norm is one of'),
+    ((tiny, '--config.algorithm.inner_params=("nose",)'), 'nose'),
+    ((tiny, '--config.optimizer.name=adm'), 'name is one of'),
+    ((tiny, '--config.model.downsample=x'), 'downsample'),
+    ((tiny, '--config.data.placement=x'), 'placement'),
+    ((tiny, '--workdir=another', '--config.chunk=x'), 'chunk'),
+    ((tiny, '--workdir=/proc/metajax'), 'cannot write to /proc/metajax'),
+    ((tiny, f'--workdir={workdir}', '--config.seed=1', '--config.model.width=5'), 'model.width, seed differ'),
+    ((tiny, f'--workdir={workdir}', '--mode=eval', '--config.algorithm.inner_lr=2'), 'algorithm.inner_lr differs'),
+    ((tiny, f'--workdir={workdir}', '--mode=eval', '--config.eval.way=4'), 'trained with 3 outputs'),
+    ((tiny, '--workdir=other', '--config.data.name=folder', '--config.data.path=none'), 'none'),
+  ]:
+    assert run(*arguments) == 2, arguments
+    output = capsys.readouterr()
+    assert message in output.err and output.err.count('\n') == 1, (arguments, output.err)
+    assert output.err.startswith('metajax: ') and 'Traceback' not in output.err
+
+
+def test_other_errors_keep_their_traceback(cache, tmp_path, monkeypatch):
+  config = tmp_path / 'broken.py'
+  config.write_text('def get_config():\n  return 1 / 0\n')
+  with pytest.raises(ZeroDivisionError):
+    run(f'--config={config}')
+
+
+def test_default_workdir_and_data_dir(tmp_path, monkeypatch):
+  monkeypatch.delenv('METAJAX_DATA', raising=False)
+  options, overrides = main.parse(['metajax', '--config=configs/a.py:way=20,shot=1', '--config.seed=1'])
+  assert options.workdir == os.path.join('runs', 'a-way=20,shot=1')
+  assert options.data_dir == os.path.expanduser('~/metajax_data') and overrides == ['--config.seed=1']
+  monkeypatch.setenv('METAJAX_DATA', str(tmp_path))
+  options, _ = main.parse(['metajax', '--config=configs/a.py'])
+  assert (options.workdir, options.data_dir) == (os.path.join('runs', 'a'), str(tmp_path))
+
+
+def test_regression_run(cache, tmp_path):
+  workdir = tmp_path / 'sinusoid'
+  assert run('--config=configs/sinusoid.py', f'--workdir={workdir}', '--config.total_steps=2', '--config.eval.episodes=5',
+             '--config.eval.val_episodes=5') == 0  # fmt: skip
+  result = json.loads((workdir / 'test.json').read_text())
+  assert {'loss', 'loss_ci95', 'inner_steps'} <= result.keys() and not {'accuracy', 'way', 'batch_norm'} & result.keys()
+  assert (workdir / 'figures' / 'regression.png').exists()
+
+
+def test_second_process_on_a_workdir_is_refused(cache, tmp_path, capsys):
+  workdir = tmp_path / 'run'
+  first = start(f'--config={TINY}', f'--workdir={workdir}', '--config.total_steps=100000', METAJAX_CACHE=str(cache))
+  try:
+    wait_for(lambda: (workdir / 'config.json').exists(), first)
+    assert run(f'--config={TINY}', f'--workdir={workdir}') == 2
+    assert f'is in use by process {first.pid} on ' in capsys.readouterr().err
+  finally:
+    first.kill()
+    first.communicate()
+
+
+def test_sigterm_saves_and_exits_cleanly(cache, tmp_path, capsys):
+  workdir = tmp_path / 'run'
+  arguments = [f'--config={TINY}', f'--workdir={workdir}', '--config.total_steps=100000',
+               '--config.checkpoint_every=0', '--config.eval_every=0', '--config.optimizer.schedule=constant']  # fmt: skip
+  process = start(*arguments, METAJAX_CACHE=str(cache))
+  wait_for(lambda: (workdir / 'metrics.jsonl').exists() and (workdir / 'metrics.jsonl').stat().st_size, process)
+  process.send_signal(signal.SIGTERM)
+  output, errors = process.communicate(timeout=60)
+  assert process.returncode == 0, errors
+  line = output.splitlines()[-1]
+  assert line.startswith('stopped at step ') and 'run the same command again' in line
+  step = int(line.split()[3].rstrip(','))
+  assert [path.name for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit()] == [str(step)]
+  # ... and it goes on from there, to a larger total_steps, which a constant schedule allows.
+  arguments[2] = f'--config.total_steps={step + 3}'
+  assert run(*arguments, '--mode=train') == 0
+  assert f'from step {step}:' in capsys.readouterr().out
+  steps = [json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert sorted(set(steps)) == list(range(1, step + 4))
+
+
+def test_divergence_stops_the_run(cache, tmp_path, capsys):
+  workdir = tmp_path / 'run'
+  assert run(f'--config={TINY}', f'--workdir={workdir}', '--config.checkpoint_every=1', '--config.total_steps=30',
+             '--config.data.name=sinusoid', '--config.model.name=mlp', '--config.optimizer.name=sgd',
+             '--config.optimizer.learning_rate=1e6') == 2  # fmt: skip
+  error = capsys.readouterr().err
+  step = int(error.split(' at step ')[1].split(';')[0])
+  assert f'the last good checkpoint is of step {step - 1}' in error and 'inner_lr' in error
+  assert error.count('\n') == 1
+  records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert all(np.isfinite(list(record.values())).all() for record in records)
+
+
+def wait_for(condition, process, seconds=120):
+  deadline = time.monotonic() + seconds
+  while not condition():
+    if process.poll() is not None:
+      raise AssertionError(process.communicate()[1])
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+def test_progress_bar_on_a_terminal(cache, tmp_path):
+  control, terminal = pty.openpty()
+  fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 120, 0, 0))
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'metajax.main', f'--config={TINY}', f'--workdir={tmp_path}/run', '--mode=train'],
+    stdout=subprocess.DEVNULL,
+    stderr=terminal,
+  )
+  os.close(terminal)
+  shown = b''
+  try:
+    while data := os.read(control, 65536):
+      shown += data
+  except OSError:  # the other end is closed
+    pass
+  assert process.wait(timeout=60) == 0
+  shown = shown.decode()
+  assert '6/6' in shown and 'loss' in shown and 'accuracy' in shown and 'tasks/s' in shown and '\r' in shown

@@ -1,0 +1,222 @@
+"""One device and several, small chunks and large: the same update, the same evaluation, one compilation."""
+
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import metajax
+from metajax import config as config_lib
+from metajax import evaluate, parallel, train
+from metajax.errors import UserError
+
+TASKS = 6
+EVALUATED = 7
+
+
+def build(chunk, batch_norm='running'):
+  """A Conv4 on glyphs, and an outer loop whose update is minus the meta-gradient."""
+  config = config_lib.complete(
+    {
+      'total_steps': 3,
+      'chunk': chunk,
+      'data': {
+        'name': 'glyphs',
+        'tasks': TASKS,
+        'way': 3,
+        'shot': 2,
+        'query_shot': 2,
+        'size': 16,
+        'classes': (8, 4, 4),
+        'images_per_class': 4,
+      },
+      'model': {'name': 'conv4', 'width': 8},
+      'algorithm': {'name': 'maml', 'inner_steps': 1, 'inner_lr': 0.1, 'first_order': True, 'batch_norm': batch_norm},
+      'optimizer': {'name': 'sgd', 'learning_rate': 1.0, 'clip': 0.0},
+    }
+  )
+  return config, train.make_experiment(config, data_dir=None)
+
+
+def compile_step(config, experiment):
+  """The step as the loop compiles it; a function that makes the numbered batch; what stays the same in every step."""
+
+  def step_fn(state, constants, local):
+    return train.train_step(state, constants, local, experiment=experiment, tasks=TASKS)
+
+  source = experiment.sources['train']
+  chunk = parallel.chunk_size(config.chunk, TASKS, evaluate.elements(source))
+  constants = experiment.resident, parallel.replicate(jax.random.key(0))
+  return (
+    parallel.over_devices(step_fn, donate=True),
+    lambda step: parallel.lay_out(source.sample(step * TASKS, TASKS), TASKS, chunk),
+    constants,
+  )
+
+
+def flat(tree):
+  return np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(tree))])
+
+
+def one_step(chunk):
+  """What a step computes, as {name: list of numbers}."""
+  config, experiment = build(chunk)
+  state = parallel.replicate(train.init_state(experiment, seed=0))
+  before = flat(state.params)
+  step_fn, make_batch, constants = compile_step(config, experiment)
+  state, metrics = step_fn(state, constants, make_batch(0))
+  results = {
+    'gradient': before - flat(state.params),
+    'model_state': flat(state.model_state),
+    'metrics': np.array([metrics[name] for name in ('loss', 'grad_norm', 'accuracy')]),
+  }
+  return {name: np.asarray(values, np.float64).tolist() for name, values in results.items()}
+
+
+def evaluation(chunk):
+  """What every episode of an evaluation gives, as {name: list of numbers}."""
+  _, experiment = build(chunk, batch_norm='support')
+  state = parallel.replicate(train.init_state(experiment, seed=0))
+  source = experiment.sources['test']
+  evaluate_fn = evaluate.make(experiment.evaluation, experiment.objective, source, seed=0, chunk=chunk)
+  results = evaluate_fn(state.params, state.model_state, experiment.resident, EVALUATED)
+  return {name: np.asarray(values, np.float64).tolist() for name, values in results.items()}
+
+
+@pytest.fixture(scope='module')
+def loop_over_tasks():
+  """The same update without vmap, chunks or devices: the mean of the tasks' own gradients, states and metrics."""
+  _, experiment = build('auto')
+  state = train.init_state(experiment, seed=0)
+
+  def task_loss(params, episode):
+    losses, (model_state, metrics) = experiment.algorithm.loss(params, state.model_state, episode, None)
+    return losses.mean(), (model_state, metrics['accuracy'])
+
+  gradient = jax.jit(jax.value_and_grad(task_loss, has_aux=True))
+  source = experiment.sources['train']
+  episodes = source.decode(source.resident, source.sample(0, TASKS))
+  results = [gradient(state.params, jax.tree.map(lambda x, t=t: x[t], episodes)) for t in range(TASKS)]
+  (loss, (model_state, accuracy)), grads = jax.tree.map(lambda *x: np.mean(x, axis=0), *results)
+  norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
+  return {'gradient': flat(grads), 'model_state': flat(model_state), 'metrics': np.array([loss, norm, accuracy])}
+
+
+@pytest.fixture(scope='module')
+def four_devices(tmp_path_factory):
+  """Results of this file, run as a program on a CPU that pretends to be four devices."""
+  path = tmp_path_factory.mktemp('four') / 'results.json'
+  environment = {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+    'PYTHONPATH': str(pathlib.Path(metajax.__file__).parents[1]),
+  }
+  subprocess.run([sys.executable, __file__, str(path)], env=environment, check=True)
+  return json.loads(path.read_text())
+
+
+def assert_same_step(step, expected):
+  assert np.abs(expected['gradient']).max() > 0.1
+  for name, values in expected.items():
+    np.testing.assert_allclose(step[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize('chunk', [1, 4, 'auto'])
+def test_a_step_in_chunks_is_the_mean_of_a_loop_over_tasks(loop_over_tasks, chunk):
+  assert_same_step(one_step(chunk), loop_over_tasks)
+
+
+def test_a_step_on_four_devices_is_the_same(loop_over_tasks, four_devices):
+  assert four_devices['devices'] == 4
+  for chunk in ('1', 'auto'):
+    assert_same_step(four_devices[chunk], loop_over_tasks)
+
+
+def test_an_evaluation_on_four_devices_is_the_same(four_devices):
+  here, there = evaluation(3), four_devices['evaluation']
+  assert here.keys() == there.keys() == {'loss', 'accuracy'}
+  for name in here:
+    assert len(here[name]) == EVALUATED
+    np.testing.assert_allclose(here[name], there[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_step_is_compiled_once(caplog):
+  config, experiment = build(2)
+  step_fn, make_batch, constants = compile_step(config, experiment)
+  state = parallel.replicate(train.init_state(experiment, seed=0))
+  compilations = []
+  with jax.log_compiles(), caplog.at_level(logging.WARNING):
+    for step in range(4):
+      caplog.clear()
+      state, metrics = step_fn(state, constants, make_batch(step))
+      jax.block_until_ready(metrics)
+      compilations.append([r.getMessage() for r in caplog.records if 'Finished XLA compilation' in r.getMessage()])
+  assert [len(c) for c in compilations] == [1, 0, 0, 0], compilations
+  assert int(state.step) == 4
+
+
+@pytest.mark.parametrize(
+  ('devices', 'tasks', 'chunk', 'expected'),
+  [
+    (1, 6, 6, 6),
+    (1, 6, 100, 6),  # never more than there are
+    (1, 6, 4, 3),  # two even chunks rather than 4 + 2
+    (1, 7, 3, 3),
+    (1, 7, 1, 1),
+    (1, 100, 33, 25),
+    (4, 6, 6, 2),  # 6 tasks on 4 devices are at most 2 on each
+    (4, 6, 1, 1),
+    (4, 100, 10, 9),  # 25 on each
+    (4, 3, 2, 1),
+    (1, 6, '2', 2),  # from the command line
+  ],
+)
+def test_chunk_size_is_the_most_even_within_what_is_asked(monkeypatch, devices, tasks, chunk, expected):
+  monkeypatch.setattr(jax, 'local_device_count', lambda: devices)
+  assert parallel.chunk_size(chunk, tasks, elements=784) == expected
+
+
+@pytest.mark.parametrize(
+  ('backend', 'elements', 'expected'), [('cpu', 1, 12), ('cpu', 32768 // 4, 4), ('cpu', 10**9, 1), ('gpu', 10**9, 12)]
+)
+def test_automatic_chunks_fit_a_cpu_s_cache_and_elsewhere_take_all(monkeypatch, backend, elements, expected):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
+  assert parallel.chunk_size('auto', 12, elements) == expected
+
+
+@pytest.mark.parametrize('chunk', [0, -1, 'all'])
+def test_a_chunk_that_is_no_number_of_tasks_is_refused(chunk):
+  with pytest.raises(UserError, match=f'config.chunk.*{chunk}'):
+    parallel.chunk_size(chunk, 6, 784)
+
+
+@pytest.mark.parametrize(('tasks', 'chunk'), [(6, 2), (7, 3), (1, 1)])
+def test_mean_over_tasks_leaves_the_filling_out(tasks, chunk):
+  values = np.arange(10.0, 10.0 + tasks, dtype=np.float32)
+
+  def step(state, constants, local):
+    def function(positions, weights, batch):
+      return jnp.sum(weights * (state + batch['value'])), {'value': batch['value'], 'position': positions}
+
+    return parallel.mean_over_tasks(function, local, tasks)
+
+  positions, batch = parallel.lay_out({'value': values}, tasks, chunk)
+  assert batch['value'].shape == positions.shape == (1, -(-tasks // chunk), chunk)
+  mean, each = parallel.over_devices(step)(jnp.float32(100), (), (positions, batch))
+  np.testing.assert_allclose(mean, 100 + values.mean(), rtol=1e-6)
+  np.testing.assert_array_equal(each['value'], values)
+  np.testing.assert_array_equal(each['position'], np.arange(tasks))
+
+
+if __name__ == '__main__':
+  results = {'devices': jax.local_device_count(), '1': one_step(1), 'auto': one_step('auto')}
+  pathlib.Path(sys.argv[1]).write_text(json.dumps(results | {'evaluation': evaluation(1)}))
