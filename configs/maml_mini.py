@@ -17,9 +17,7 @@ def get_config(arg=None):
   config = ml_collections.ConfigDict()
   config.total_steps = 60_000
   config.checkpoint_every = 500
-  config.data = dict(
-    name='mini_imagenet', tasks=4 if arg.shot == 1 else 2, way=arg.way, shot=arg.shot, query_shot=15
-  )
+  config.data = dict(name='mini_imagenet', tasks=4 if arg.shot == 1 else 2, way=arg.way, shot=arg.shot, query_shot=15)
   config.model = dict(name='conv4', width=32, downsample='pool')
   config.algorithm = dict(name='maml', inner_steps=5, inner_lr=0.01, batch_norm='transductive')
   config.optimizer = dict(learning_rate=1e-3, schedule='constant', clip=10.0)

@@ -1,3 +1,3 @@
 """Few-shot meta-learning in JAX."""
 
-__version__ = "0.1.0"
+__version__ = '0.1.0'

@@ -184,8 +184,7 @@ def _plain(config):
   if isinstance(config, ml_collections.ConfigDict):
     config = config.to_dict()
   return {
-    k: _plain(v) if isinstance(v, dict) else tuple(v) if isinstance(v, (list, tuple)) else v
-    for k, v in config.items()
+    k: _plain(v) if isinstance(v, dict) else tuple(v) if isinstance(v, (list, tuple)) else v for k, v in config.items()
   }
 
 

@@ -1,4 +1,7 @@
-"""python -m metajax.main --config=FILE[:ARGS] [--workdir=DIR] [--mode=MODE] [--data_dir=DIR] [--config.KEY=VALUE ...]"""
+"""Trains and evaluates what a config file describes.
+
+python -m metajax.main --config=FILE[:ARGS] [--workdir=DIR] [--mode=MODE] [--data_dir=DIR] [--config.KEY=VALUE ...]
+"""
 
 import logging
 import os

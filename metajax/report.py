@@ -96,7 +96,9 @@ def _curves(experiment, state, shot, tasks=4, points=200):
         'y_support': episode.support.targets[:, 0],
         'x': episode.query.inputs[order, 0],
         'y': episode.query.targets[order, 0],
-        'predictions': {step: outputs[step][order, 0] for step in sorted({0, min(1, len(outputs) - 1), len(outputs) - 1})},
+        'predictions': {
+          step: outputs[step][order, 0] for step in sorted({0, min(1, len(outputs) - 1), len(outputs) - 1})
+        },
       }
     )
   return curves

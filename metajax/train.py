@@ -197,7 +197,9 @@ def train(config, experiment, workdir, checkpoints, stop):
   step_fn = parallel.over_devices(step_fn, donate=True)
   constants = experiment.resident, parallel.replicate(jax.random.key(config.seed))
   validate = validation(config, experiment)
-  make_batch = lambda step: parallel.lay_out(source.sample((step - 1) * tasks, tasks), tasks, chunk)
+
+  def make_batch(step):
+    return parallel.lay_out(source.sample((step - 1) * tasks, tasks), tasks, chunk)
 
   progress = Progress(config.total_steps, done, tasks)
   parameters = sum(x.size for x in jax.tree.leaves(state.params))

@@ -94,7 +94,7 @@ def test_nothing_is_lost_when_no_checkpoint_can_be_read(tmp_path):
   checkpoints.close()
   checkpoints = Checkpoints(tmp_path)
   other = State(jnp.int32(0), {'w': jnp.zeros((2, 2))})
-  with pytest.raises(UserError, match='no checkpoint in .* can be read'):
+  with pytest.raises(UserError, match=r'no checkpoint in .* can be read'):
     checkpoints.restore_first_sound(checkpoints.steps(), other)
   assert checkpoints.steps() == [1]
   checkpoints.close()

@@ -1,9 +1,9 @@
 import ml_collections
 import pytest
-from tests.conftest import TINY
 
 from metajax import config as config_lib
 from metajax.errors import UserError
+from tests.conftest import TINY
 
 
 def test_config_string_is_read_by_the_types_of_its_defaults():
@@ -57,16 +57,24 @@ def test_complete_names_what_is_wrong(change, message):
 def test_override_converts_to_the_type_of_the_setting():
   config = config_lib.override(
     config_lib.load(TINY),
-    ['--config.seed=3', '--config.algorithm.inner_lr=1', '--config.algorithm.first_order=True',
-     '--config.eval.inner_steps=7', '--config.data.classes=(9, 8, 7)', '--config.optimizer.schedule=cosine'],
-  )  # fmt: skip
+    [
+      '--config.seed=3',
+      '--config.algorithm.inner_lr=1',
+      '--config.algorithm.first_order=True',
+      '--config.eval.inner_steps=7',
+      '--config.data.classes=(9, 8, 7)',
+      '--config.optimizer.schedule=cosine',
+    ],
+  )
   assert (config.seed, config.algorithm.inner_lr, config.algorithm.first_order) == (3, 1.0, True)
   assert (config.eval.inner_steps, config.data.classes, config.optimizer.schedule) == (7, (9, 8, 7), 'cosine')
   assert isinstance(config.algorithm.inner_lr, float)
 
 
 def test_override_of_a_name_takes_the_settings_that_the_new_one_knows():
-  config = config_lib.override(config_lib.load(TINY), ['--config.algorithm.name=reptile', '--config.algorithm.inner_batch=4'])
+  config = config_lib.override(
+    config_lib.load(TINY), ['--config.algorithm.name=reptile', '--config.algorithm.inner_batch=4']
+  )
   assert config.algorithm.name == 'reptile' and config.algorithm.inner_batch == 4
   assert config.algorithm.inner_lr == 0.1 and 'first_order' not in config.algorithm
   config = config_lib.override(config_lib.load(TINY), ['--config.model.name=mlp'])

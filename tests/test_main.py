@@ -12,9 +12,9 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from tests.conftest import TINY, start
 
 from metajax import main, report
+from tests.conftest import TINY, start
 
 
 def run(*arguments):
@@ -47,8 +47,18 @@ def test_workdir_holds_what_the_design_names(finished):
   assert not any('time' in key for r in records for key in r)
 
   result = json.loads((workdir / 'test.json').read_text())
-  expected = dict(episodes=20, way=3, shot=1, query_shot=2, inner_steps=2, batch_norm='transductive', split='test',
-                  dataset='glyphs', seed=0, classes=6)  # fmt: skip
+  expected = dict(
+    episodes=20,
+    way=3,
+    shot=1,
+    query_shot=2,
+    inner_steps=2,
+    batch_norm='transductive',
+    split='test',
+    dataset='glyphs',
+    seed=0,
+    classes=6,
+  )
   assert expected.items() <= result.items()
   assert 0 <= result['accuracy'] <= 1 and result['accuracy_ci95'] > 0 and result['seconds'] > 0
   assert result['checkpoint_step'] in (3, 6)
@@ -66,8 +76,17 @@ def test_log_has_plain_lines(finished):
 
 
 def test_test_line():
-  result = dict(accuracy=0.98714, accuracy_ci95=0.0021, way=5, shot=1, episodes=600, batch_norm='transductive',
-                checkpoint_step=12000, loss=0.1, loss_ci95=0.01)  # fmt: skip
+  result = dict(
+    accuracy=0.98714,
+    accuracy_ci95=0.0021,
+    way=5,
+    shot=1,
+    episodes=600,
+    batch_norm='transductive',
+    checkpoint_step=12000,
+    loss=0.1,
+    loss_ci95=0.01,
+  )
   line = 'test: 98.71 % ± 0.21 % (5-way 1-shot, 600 episodes, transductive batch norm, checkpoint 12000)'
   assert report.test_line(result) == line
   result = dict(loss=0.5, loss_ci95=0.25, shot=10, episodes=600, checkpoint_step=7)
@@ -99,8 +118,16 @@ def test_eval_mode_takes_the_workdirs_config_and_gives_the_same_numbers(finished
 
 def test_eval_mode_with_other_options_of_evaluation(finished, cache):
   workdir, _ = finished
-  assert run('--mode=eval', f'--config={TINY}:way=2,shot=2', f'--workdir={workdir}', '--config.eval.inner_steps=4',
-             '--config.eval.episodes=7') == 0  # fmt: skip
+  assert (
+    run(
+      '--mode=eval',
+      f'--config={TINY}:way=2,shot=2',
+      f'--workdir={workdir}',
+      '--config.eval.inner_steps=4',
+      '--config.eval.episodes=7',
+    )
+    == 0
+  )
   result = json.loads((workdir / 'test.json').read_text())
   assert dict(way=2, shot=2, inner_steps=4, episodes=7).items() <= result.items()
   assert run('--mode=eval', f'--workdir={workdir}') == 0
@@ -159,8 +186,16 @@ def test_default_workdir_and_data_dir(tmp_path, monkeypatch):
 
 def test_regression_run(cache, tmp_path):
   workdir = tmp_path / 'sinusoid'
-  assert run('--config=configs/sinusoid.py', f'--workdir={workdir}', '--config.total_steps=2', '--config.eval.episodes=5',
-             '--config.eval.val_episodes=5') == 0  # fmt: skip
+  assert (
+    run(
+      '--config=configs/sinusoid.py',
+      f'--workdir={workdir}',
+      '--config.total_steps=2',
+      '--config.eval.episodes=5',
+      '--config.eval.val_episodes=5',
+    )
+    == 0
+  )
   result = json.loads((workdir / 'test.json').read_text())
   assert {'loss', 'loss_ci95', 'inner_steps'} <= result.keys() and not {'accuracy', 'way', 'batch_norm'} & result.keys()
   assert (workdir / 'figures' / 'regression.png').exists()
@@ -180,8 +215,14 @@ def test_second_process_on_a_workdir_is_refused(cache, tmp_path, capsys):
 
 def test_sigterm_saves_and_exits_cleanly(cache, tmp_path, capsys):
   workdir = tmp_path / 'run'
-  arguments = [f'--config={TINY}', f'--workdir={workdir}', '--config.total_steps=100000',
-               '--config.checkpoint_every=0', '--config.eval_every=0', '--config.optimizer.schedule=constant']  # fmt: skip
+  arguments = [
+    f'--config={TINY}',
+    f'--workdir={workdir}',
+    '--config.total_steps=100000',
+    '--config.checkpoint_every=0',
+    '--config.eval_every=0',
+    '--config.optimizer.schedule=constant',
+  ]
   process = start(*arguments, METAJAX_CACHE=str(cache))
   wait_for(lambda: (workdir / 'metrics.jsonl').exists() and (workdir / 'metrics.jsonl').stat().st_size, process)
   process.send_signal(signal.SIGTERM)
@@ -201,9 +242,19 @@ def test_sigterm_saves_and_exits_cleanly(cache, tmp_path, capsys):
 
 def test_divergence_stops_the_run(cache, tmp_path, capsys):
   workdir = tmp_path / 'run'
-  assert run(f'--config={TINY}', f'--workdir={workdir}', '--config.checkpoint_every=1', '--config.total_steps=30',
-             '--config.data.name=sinusoid', '--config.model.name=mlp', '--config.optimizer.name=sgd',
-             '--config.optimizer.learning_rate=1e6') == 2  # fmt: skip
+  assert (
+    run(
+      f'--config={TINY}',
+      f'--workdir={workdir}',
+      '--config.checkpoint_every=1',
+      '--config.total_steps=30',
+      '--config.data.name=sinusoid',
+      '--config.model.name=mlp',
+      '--config.optimizer.name=sgd',
+      '--config.optimizer.learning_rate=1e6',
+    )
+    == 2
+  )
   error = capsys.readouterr().err
   step = int(error.split(' at step ')[1].split(';')[0])
   assert f'the last good checkpoint is of step {step - 1}' in error and 'inner_lr' in error

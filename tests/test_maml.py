@@ -14,7 +14,16 @@ from metajax.algorithms import anil, maml
 from metajax.models import conv4, layers, mlp
 from metajax.types import Algorithm, Episode, Examples
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 WAY = 3
+
+
+@pytest.fixture(scope='module')
+def quick_compilation():
+  """Leaves out most of XLA's optimisations: compiling takes most of the time here."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def draw_episode(seed, shape, *, way=WAY, shot=2, query_shot=3):

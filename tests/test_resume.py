@@ -2,10 +2,10 @@ import json
 import shutil
 
 import pytest
-from tests import kill_and_resume
-from tests.conftest import TINY, start
 
 from metajax import main
+from tests import kill_and_resume
+from tests.conftest import TINY, start
 
 
 def tiny(*overrides):
@@ -45,8 +45,13 @@ def test_a_run_goes_on_after_its_latest_checkpoint_was_damaged(cache, tmp_path, 
 
 def test_a_checkpoint_of_four_devices_goes_on_on_one_and_the_other_way_round(cache, tmp_path):
   def run(name, devices, steps):
-    arguments = tiny(f'--workdir={tmp_path / name}', '--mode=train', f'--config.total_steps={steps}',
-                     '--config.optimizer.name=sgd', '--config.optimizer.learning_rate=0.01')  # fmt: skip
+    arguments = tiny(
+      f'--workdir={tmp_path / name}',
+      '--mode=train',
+      f'--config.total_steps={steps}',
+      '--config.optimizer.name=sgd',
+      '--config.optimizer.learning_rate=0.01',
+    )
     flags = f'--xla_force_host_platform_device_count={devices}'
     process = start(*arguments, METAJAX_CACHE=str(cache), XLA_FLAGS=flags)
     output, errors = process.communicate(timeout=300)

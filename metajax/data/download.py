@@ -2,16 +2,17 @@
 
 import hashlib
 import http.client
+import logging
 import os
 import pathlib
 import urllib.error
 import urllib.parse
 import urllib.request
 
-from absl import logging
-
 from metajax.data.table import locked
 from metajax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 _TIMEOUT = 30  # seconds without a byte
 _BLOCK = 1 << 16  # bytes
@@ -52,7 +53,7 @@ def fetch(urls, path, *, sha256, size):
           return
         except _Failed as error:
           reasons.append(f'{urllib.parse.urlsplit(url).netloc}: {error}')
-          logging.warning('%s not downloaded from %s', path.name, reasons[-1])
+          _log.warning('%s not downloaded from %s', path.name, reasons[-1])
       if not part.stat().st_size:
         part.unlink()
   except OSError as error:
@@ -66,7 +67,7 @@ def _fetch_from(url, part, sha256, size):
   """Completes `part` from one mirror."""
   from tqdm import tqdm  # only here, to keep importing this quick
 
-  logging.info('downloading %s (%.1f MB)', url, size / 1e6)
+  _log.info('downloading %s (%.1f MB)', url, size / 1e6)
   with open(part, 'a+b') as file:
     start = file.seek(0, os.SEEK_END)
     if start < size:

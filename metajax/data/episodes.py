@@ -122,7 +122,10 @@ def image_source(table: ClassTable, split, *, way, shot, query_shot, seed, place
     if rotated:
       images = jax.vmap(jax.vmap(_turn))(images, batch['turns'])
     targets = jnp.broadcast_to(jnp.arange(way, dtype=jnp.int32)[:, None], images.shape[:3])
-    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
+
+    def flat(x):
+      return x.reshape(x.shape[0], -1, *x.shape[3:])
+
     return Episode(
       support=Examples(flat(images[:, :, :shot]), flat(targets[:, :, :shot])),
       query=Examples(flat(images[:, :, shot:]), flat(targets[:, :, shot:])),

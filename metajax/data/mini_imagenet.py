@@ -8,6 +8,7 @@ import collections
 import functools
 import itertools
 import json
+import logging
 import os
 import pathlib
 import re
@@ -15,11 +16,12 @@ import tarfile
 import zlib
 
 import numpy as np
-from absl import logging
 from PIL import Image
 
 from metajax.data import folder, table, unpickle
 from metajax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 _FOLDERS = ('mini_imagenet', 'miniimagenet', 'mini-imagenet', '')
 _ARCHIVE = 'mini-imagenet.tar.gz'
@@ -56,7 +58,7 @@ def load(data_dir, *, size=84):
   key = f'mini_imagenet-{size}'
   images = table.open_table(key) or _convert(key, data_dir, size)
   for note in images.notes:
-    logging.warning('mini-ImageNet is not whole: %s', note)
+    _log.warning('mini-ImageNet is not whole: %s', note)
   splits = {split: [c for c in classes if c in images.names] for split, classes in _lists().items()}
   return table.class_tables(images, {split: classes for split, classes in splits.items() if classes})
 

@@ -12,6 +12,7 @@ import glob
 import hashlib
 import io
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -20,10 +21,11 @@ import uuid
 from typing import NamedTuple
 
 import numpy as np
-from absl import logging
 from PIL import Image, UnidentifiedImageError
 
 from metajax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 _FORMAT = 1  # of the manifest; a table of another format is made anew
 _CHUNK = 64  # images per decoding job
@@ -66,7 +68,7 @@ def open_table(key):
   try:
     return _open(folder)
   except _DAMAGE as error:
-    logging.warning('the converted table %s is damaged and will be made anew: %s', folder, error)
+    _log.warning('the converted table %s is damaged and will be made anew: %s', folder, error)
     return None
 
 
@@ -108,7 +110,7 @@ def convert(key, classes, decode, shape, source, *, superclasses=None, notes=())
       if alone:  # then whatever lies half written was left by a process that died
         for leftover in folder.parent.glob(f'.{glob.escape(key)}.*.tmp'):
           shutil.rmtree(leftover, ignore_errors=True)
-      logging.info('converting %d images of %d classes to %s', len(items), len(classes), folder)
+      _log.info('converting %d images of %d classes to %s', len(items), len(classes), folder)
       start = time.monotonic()
       try:
         partial.mkdir()
@@ -117,7 +119,7 @@ def convert(key, classes, decode, shape, source, *, superclasses=None, notes=())
         _move(partial, folder)
       finally:
         shutil.rmtree(partial, ignore_errors=True)
-      logging.info('converted %d images in %.1f s', len(items), time.monotonic() - start)
+      _log.info('converted %d images in %.1f s', len(items), time.monotonic() - start)
       return _open(folder)
   except OSError as error:
     raise UserError(
@@ -203,7 +205,7 @@ def locked(path):
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      logging.info('waiting for another process to finish with %s', path)
+      _log.info('waiting for another process to finish with %s', path)
       fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:  # some network file systems
       held = False

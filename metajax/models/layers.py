@@ -20,7 +20,7 @@ def conv3x3(x, kernel, stride=1):
   Returns:
     (n, ceil(h / stride), ceil(w / stride), features).
   """
-  n, h, w, c = x.shape
+  h, w, c = x.shape[1:]
   padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
   shifted = [padded[:, i : i + h : stride, j : j + w : stride] for i in range(3) for j in range(3)]
   patches = jnp.concatenate(shifted, axis=-1)  # (n, h', w', 9 c), ordered as the kernel's rows

@@ -1,0 +1,136 @@
+"""Evaluation: fixed episodes, each counted once, and the interval that papers report."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from metajax import evaluate, losses, parallel
+from metajax.algorithms import maml
+from metajax.data import episodes, sinusoid
+from metajax.data.table import ClassTable
+from metajax.models import mlp
+from metajax.types import Algorithm
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+  monkeypatch.setattr(evaluate, '_BATCH', 4)
+
+
+@pytest.fixture(scope='module')
+def source():
+  """Episodes of 3 ways from 6 classes of random 3x3 images."""
+  images = np.random.default_rng(0).integers(0, 256, (30, 3, 3, 1), np.uint8)
+  table = ClassTable(images, np.arange(0, 30, 5), np.full(6, 5), np.zeros(6, np.int8), tuple('abcdef'))
+  return episodes.make_source(table, 'test', way=3, shot=1, query_shot=2, seed=0)
+
+
+@pytest.fixture(scope='module')
+def learner():
+  """MAML whose network has more outputs than the episodes have classes, and its params."""
+  algorithm = maml.make(mlp.make(5, hidden=(6,)), inner_steps=3, inner_lr=0.5)
+  params, _ = algorithm.init(jax.random.key(0), jnp.zeros((1, 3, 3, 1)))
+  return algorithm, params
+
+
+def run(algorithm, source, num, *, params=None, objective=losses.CLASSIFICATION, **settings):
+  evaluate_fn = evaluate.make(algorithm, objective, source, **{'seed': 0, **settings})
+  return evaluate_fn(*parallel.replicate((params, {})), parallel.replicate(source.resident), num)
+
+
+def test_summary_is_the_mean_and_the_normal_interval():
+  values = np.random.default_rng(0).random((50, 3)).astype(np.float32)
+  summary = evaluate.summarise({'accuracy': values[:, 0], 'loss': values})
+  assert summary.keys() == {'accuracy', 'accuracy_ci95', 'loss', 'loss_ci95'}
+  np.testing.assert_allclose(summary['accuracy'], values[:, 0].astype(np.float64).sum() / 50)
+  np.testing.assert_allclose(summary['accuracy_ci95'], 1.96 * stats.sem(values[:, 0].astype(np.float64), ddof=0))
+  np.testing.assert_allclose(summary['loss'], values.mean(0), rtol=1e-6)
+  np.testing.assert_allclose(summary['loss_ci95'], 1.96 * stats.sem(values, axis=0, ddof=0), rtol=1e-5)
+
+
+def test_summary_does_not_lose_digits_of_many_episodes():
+  values = np.full(1_000_000, 0.1, np.float32)
+  np.testing.assert_allclose(evaluate.summarise({'loss': values})['loss'], np.float64(np.float32(0.1)), rtol=1e-12)
+
+
+@pytest.mark.parametrize(('num', 'chunk'), [(1, 1), (7, 3), (8, 'auto')])
+def test_every_episode_counts_once_whatever_batches_and_chunks(source, learner, num, chunk):
+  algorithm, params = learner
+  results = run(algorithm, source, num, params=params, chunk=chunk)
+  assert results.keys() == {'loss', 'accuracy'} and results['loss'].shape == results['accuracy'].shape == (num,)
+  batch = source.decode(source.resident, source.sample(0, num))
+  for k in range(num):
+    support, query, _ = jax.tree.map(lambda x, k=k: x[k], batch)
+    adapted = jax.jit(algorithm.adapt)(params, {}, support, None)
+    # Of the five outputs the episode has three.
+    logits = np.float64(algorithm.predict(params, {}, adapted, query.inputs))[:, :3]
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(6), query.targets]
+    np.testing.assert_allclose(results['loss'][k], losses.mean(), rtol=1e-4)
+    np.testing.assert_allclose(results['accuracy'][k], np.mean(logits.argmax(1) == query.targets), rtol=1e-6)
+
+
+def test_trajectory_reports_every_inner_step_and_ends_with_the_evaluation(source, learner):
+  algorithm, params = learner
+  along = run(algorithm, source, 6, params=params, trajectory=True)
+  assert along['loss'].shape == along['accuracy'].shape == (6, 4)
+  np.testing.assert_allclose(along['loss'][:, -1], run(algorithm, source, 6, params=params)['loss'], rtol=1e-5)
+  untouched = algorithm._replace(adapt=lambda params, model_state, support, rng: maml.Adapted(params, model_state))
+  np.testing.assert_allclose(along['loss'][:, 0], run(untouched, source, 6, params=params)['loss'], rtol=1e-5)
+
+
+def witness(adapt, predict):
+  """A learner and an objective that report what they were given."""
+  objective = losses.Objective(
+    losses=lambda outputs, targets: jnp.zeros(targets.shape[0]),
+    metrics=lambda outputs, targets: {'support': outputs[0, 0], 'query': outputs[0, 1], 'rng': outputs[0, 2]},
+  )
+  return Algorithm(None, adapt, predict, None), objective
+
+
+def test_two_algorithms_meet_the_same_episodes_and_random_numbers_whatever_the_chunks(source):
+  def adapt(params, model_state, support, rng):
+    return jnp.sum(support.inputs * jnp.arange(27.0).reshape(3, 3, 3, 1)), jax.random.uniform(rng)
+
+  def predict(params, model_state, adapted, inputs):
+    support, number = adapted
+    return jnp.broadcast_to(jnp.stack([support, jnp.sum(inputs[::2]), number]), (inputs.shape[0], 3))
+
+  def other(params, model_state, support, rng):
+    return adapt(params, model_state, support, rng)[0], jnp.float32(-1)
+
+  first, objective = witness(adapt, predict)
+  second, _ = witness(other, predict)
+  one = run(first, source, 10, objective=objective, chunk=1, seed=3)
+  two = run(second, source, 7, objective=objective, chunk=4, seed=5)
+  for name in ('support', 'query'):
+    assert len(np.unique(one[name])) == 10
+    np.testing.assert_allclose(one[name][:7], two[name], rtol=1e-6)
+  np.testing.assert_array_equal(two['rng'], -1)
+
+  again = run(first, source, 10, objective=objective, chunk=3, seed=3)
+  np.testing.assert_array_equal(again['rng'], one['rng'])
+  expected = [jax.random.uniform(jax.random.fold_in(jax.random.key(3), k)) for k in range(10)]
+  np.testing.assert_allclose(one['rng'], expected, rtol=1e-6)
+
+
+class Zero(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return self.param('w', nn.initializers.zeros, (1, 1)) * x
+
+
+def test_regression_reports_the_mean_squared_error():
+  source = episodes.make_source(sinusoid.load(None)['test'], 'test', way=None, shot=5, query_shot=5, seed=0)
+  algorithm = maml.make(Zero(), objective=losses.REGRESSION, inner_steps=0)
+  results = run(algorithm, source, 5, params={'w': jnp.zeros((1, 1))}, objective=losses.REGRESSION)
+  assert results.keys() == {'loss'}
+  np.testing.assert_allclose(
+    results['loss'], np.mean(source.sample(0, 5)['targets'][:, 5:] ** 2, axis=(1, 2)), rtol=1e-5
+  )
+
+
+def test_elements_are_the_input_values_of_an_episode(source):
+  assert evaluate.elements(source) == (3 + 6) * 9
