@@ -187,66 +187,79 @@ def train(config, experiment, workdir, checkpoints, stop):
     state, damaged = checkpoints.restore_first_sound(steps, state)
     checkpoints.set_aside(damaged)
   state = parallel.replicate(state)
-  done = int(state.step)
-  if done >= config.total_steps:
+  done, total, tasks = int(state.step), config.total_steps, config.data.tasks
+  if done >= total:
     return
 
-  tasks, source = config.data.tasks, experiment.sources['train']
+  source = experiment.sources['train']
   chunk = parallel.chunk_size(config.chunk, tasks, evaluate.elements(source))
-  step_fn = functools.partial(train_step, experiment=experiment, tasks=tasks)
-  step_fn = parallel.over_devices(step_fn, donate=True)
-  constants = experiment.resident, parallel.replicate(jax.random.key(config.seed))
-  validate = validation(config, experiment)
 
   def make_batch(step):
     return parallel.lay_out(source.sample((step - 1) * tasks, tasks), tasks, chunk)
 
-  progress = Progress(config.total_steps, done, tasks)
-  parameters = sum(x.size for x in jax.tree.leaves(state.params))
-  devices = f'{jax.local_device_count()} {jax.local_devices()[0].device_kind} device(s)'
-  progress.say(f'training {workdir} from step {done}: {parameters:,} parameters, {devices}')
-  running = collections.deque()  # the metrics of steps that the device may still be working on
-
+  step_fn = parallel.over_devices(functools.partial(train_step, experiment=experiment, tasks=tasks), donate=True)
+  constants = experiment.resident, parallel.replicate(jax.random.key(config.seed))
+  validate = validation(config, experiment)
   with (
-    contextlib.closing(progress),
+    contextlib.closing(Progress(total, done, tasks)) as progress,
     contextlib.closing(Writer(workdir, done)) as writer,
-    contextlib.closing(pipeline.prefetch(make_batch, range(done + 1, config.total_steps + 1))) as batches,
+    contextlib.closing(pipeline.prefetch(make_batch, range(done + 1, total + 1))) as batches,
   ):
-
-    def settle(keep):
-      """Looks at the metrics of all but the last `keep` steps, which waits until these are done."""
-      while len(running) > keep:
-        step, metrics = running.popleft()
-        metrics = jax.device_get(metrics)
-        if not np.isfinite(metrics['loss'] + metrics['grad_norm']):
-          raise _diverged(step, checkpoints)
-        progress.update(step, metrics)
-        if due(step, config.log_every):
-          writer.write(step, 'train', metrics)
-          writer.event(step, {'time/tasks_per_second': progress.log(step, metrics)})
-
+    progress.say(f'training {workdir} from step {done}: {describe(state)}')
+    in_flight = InFlight(progress, writer, config.log_every)
     for step, local in batches:
-      state, metrics = step_fn(state, constants, local)
-      running.append((step, metrics))
-      settle(keep=2)
-      last = step == config.total_steps or stop.requested
-      evaluating = due(step, config.eval_every) or step == config.total_steps
-      if not (evaluating or last or due(step, config.checkpoint_every)):
-        continue
-      settle(keep=0)
-      start = time.perf_counter()
-      score = None
+      try:
+        state, metrics = step_fn(state, constants, local)
+        in_flight.add(step, metrics)
+        evaluating = due(step, config.eval_every) or step == total
+        if not (evaluating or due(step, config.checkpoint_every) or stop.requested):
+          continue
+        in_flight.settle()
+      except FloatingPointError as error:
+        raise _diverged(error, checkpoints) from None
+
+      start, score = time.perf_counter(), None
       if evaluating and validate:
         summary = validate(state)
         writer.write(step, 'val', summary)
-        progress.say(f'step {step}/{config.total_steps}: val {readable(summary)}')
+        progress.say(f'step {step}/{total}: val {readable(summary)}')
         score = summary.get('accuracy', -summary['loss'])
-      writer.sync()
+      writer.sync()  # metrics first: a checkpoint without its metrics could not be resumed exactly
       checkpoints.save(state, score)
       progress.pause(time.perf_counter() - start)
-      if last and step < config.total_steps:
+      if stop.requested and step < total:
         progress.say(f'stopped at step {step}, checkpoint saved: run the same command again to go on')
-        break
+        return
+
+
+class InFlight:
+  """Metrics of steps that the device may still be working on; looked at late, so that the loop does not wait."""
+
+  _AHEAD = 2  # steps that the host may be ahead of the device
+
+  def __init__(self, progress, writer, log_every):
+    self._progress, self._writer, self._log_every = progress, writer, log_every
+    self._steps = collections.deque()
+
+  def add(self, step, metrics):
+    self._steps.append((step, metrics))
+    self.settle(keep=self._AHEAD)
+
+  def settle(self, keep=0):
+    """Waits for all but the last `keep` steps, shows and writes their metrics.
+
+    Raises:
+      FloatingPointError: one's loss or gradient is not finite; its text is the step.
+    """
+    while len(self._steps) > keep:
+      step, metrics = self._steps.popleft()
+      metrics = jax.device_get(metrics)
+      if not np.isfinite(metrics['loss'] + metrics['grad_norm']):
+        raise FloatingPointError(step)
+      self._progress.update(step, metrics)
+      if due(step, self._log_every):
+        self._writer.write(step, 'train', metrics)
+        self._writer.event(step, {'time/tasks_per_second': self._progress.log(step, metrics)})
 
 
 def validation(config, experiment):
@@ -273,6 +286,12 @@ def load_best(checkpoints, experiment, config):
 def due(step, every):
   """Whether something done every so many steps is to be done now; never, if `every` is 0."""
   return every > 0 and step % every == 0
+
+
+def describe(state):
+  """'112,005 parameters, 1 cpu device(s)'."""
+  parameters = sum(x.size for x in jax.tree.leaves(state.params))
+  return f'{parameters:,} parameters, {jax.device_count()} {jax.devices()[0].device_kind} device(s)'
 
 
 def _diverged(step, checkpoints):

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.conftest import ROOT
 
 from metajax import config as config_lib
 from metajax import main
 from metajax.data import mini_imagenet, table
 from metajax.data import omniglot as omniglot_data
+from tests.conftest import ROOT
 
 FILES = sorted(path.name for path in (ROOT / 'configs').glob('*.py'))
 SMALL = ['--config.total_steps=2', '--config.data.tasks=2', '--config.eval.episodes=2', '--config.eval.val_episodes=2']

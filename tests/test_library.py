@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+
 from tests.conftest import ROOT
 
 
