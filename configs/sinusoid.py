@@ -5,7 +5,7 @@ r"""Sinusoid regression (Finn et al. 2017, section 5.1): MAML, and the two netwo
     python -m metajax.main --config=configs/sinusoid.py:shot=10,method=oracle
 
 `joint` is trained on all tasks together (MAML of no inner steps) and fine-tuned on the support points of a test task,
-with the best of several step sizes by validation loss; `oracle` is told amplitude and phase.
+with --config.eval.inner_lr as its step size; `oracle` is told amplitude and phase.
 """
 
 import ml_collections

@@ -150,8 +150,8 @@ def call(function, config, group, *supplied, **more):
   settings = {k: v for k, v in _plain(config[group]).items() if k in known and k not in more}
   try:
     return function(*supplied, **settings, **more)
-  except (ValueError, TypeError) as error:
-    raise UserError(f'config.{group}: {first_line(error)}') from error
+  except UserError as error:
+    raise error if group == 'data' else UserError(f'config.{group}: {error}') from error
 
 
 def build(config, group, *supplied, **more):

@@ -1,7 +1,7 @@
 """The error that a user can cause, as opposed to a bug."""
 
 
-class UserError(Exception):
+class UserError(ValueError):
   """What is wrong, where, and what to do about it, in one line.
 
   `main.py` prints the message without a traceback and exits with status 2; used as a library it is an ordinary

@@ -28,7 +28,7 @@ def make(algorithm, objective, source, *, seed, chunk='auto', trajectory=False):
   chunk = parallel.chunk_size(chunk, _BATCH, elements(source))
 
   def metrics(params, model_state, episode, rng):
-    def of(adapted):
+    def of_adapted(adapted):
       outputs = algorithm.predict(params, model_state, adapted, episode.query.inputs)
       if episode.class_ids.size:
         outputs = outputs[:, : episode.class_ids.size]  # a network may have more outputs than the task has classes
@@ -36,8 +36,8 @@ def make(algorithm, objective, source, *, seed, chunk='auto', trajectory=False):
       return {'loss': jnp.mean(losses), **objective.metrics(outputs, episode.query.targets)}
 
     if trajectory:
-      return jax.vmap(of)(algorithm.trajectory(params, model_state, episode.support, rng))
-    return of(algorithm.adapt(params, model_state, episode.support, rng))
+      return jax.vmap(of_adapted)(algorithm.trajectory(params, model_state, episode.support, rng))
+    return of_adapted(algorithm.adapt(params, model_state, episode.support, rng))
 
   def step(state, constants, local):
     params, model_state = state

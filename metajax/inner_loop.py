@@ -43,4 +43,9 @@ def sgd_trajectory(loss_fn, params, rates):
     return params, params
 
   _, path = jax.lax.scan(keep, params, rates)
-  return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), params, path)
+  return prepend(params, path)
+
+
+def prepend(first, rest):
+  """Puts a pytree in front of one with a leading axis."""
+  return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rest)

@@ -1,8 +1,15 @@
 """Trains and evaluates what a config file describes.
 
 python -m metajax.main --config=FILE[:ARGS] [--workdir=DIR] [--mode=MODE] [--data_dir=DIR] [--config.KEY=VALUE ...]
+
+  --config       config file, and its shorthands: configs/maml_omniglot.py:way=20,shot=1
+  --workdir      folder of the run; runs/<config>[-<args>] by default. Run again, it goes on where it stopped
+  --mode         train, eval or train_and_eval (default); eval needs only --workdir
+  --data_dir     where archives of data sets lie or go; $METAJAX_DATA, else ~/metajax_data
+  --config.KEY   any setting of the config, such as --config.algorithm.inner_steps=3
 """
 
+import errno
 import logging
 import os
 import re
@@ -13,7 +20,7 @@ import jax
 from absl import flags
 
 from metajax import config as config_lib
-from metajax import train
+from metajax import train, workdir
 from metajax.data import table
 from metajax.errors import UserError, first_line
 
@@ -26,11 +33,17 @@ def main(argv=None):
   jax.config.update('jax_compilation_cache_dir', str(table.cache_dir() / 'xla'))
   try:
     options, overrides = parse(sys.argv if argv is None else argv)
-    config = config_lib.override(config_lib.load(options.config), overrides) if options.config else None
+    config = config_lib.load(options.config) if options.config else workdir.read_config(options.workdir)
+    config = config_lib.override(config, overrides)
     train.run(config, options.workdir, data_dir=options.data_dir, mode=options.mode)
     return 0
   except UserError as error:
     print(f'metajax: {error}', file=sys.stderr)
+    return 2
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    print(f'metajax: {error}: make room, then run the same command again to go on', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print('metajax: interrupted; run the same command again to go on from the last checkpoint', file=sys.stderr)
@@ -41,22 +54,19 @@ def parse(argv):
   """Splits a command line into flags with their defaults filled in, and the overrides of the config."""
   overrides = [arg for arg in argv if re.match(r'--?(no)?config\.', arg)]
   values = flags.FlagValues()
-  flags.DEFINE_string('config', None, 'config file, and its string: FILE[:ARGS]', flag_values=values)
-  flags.DEFINE_string('workdir', None, 'folder of the run; runs/<config>[-<args>] by default', flag_values=values)
-  flags.DEFINE_enum('mode', 'train_and_eval', ['train', 'eval', 'train_and_eval'], 'what to do', flag_values=values)
-  flags.DEFINE_string('data_dir', None, 'where archives of data sets lie', flag_values=values)
-  flags.DEFINE_bool('help', False, 'show this help', short_name='h', flag_values=values)
+  for name in ('config', 'workdir', 'data_dir'):
+    flags.DEFINE_string(name, None, '', flag_values=values)
+  flags.DEFINE_enum('mode', 'train_and_eval', ['train', 'eval', 'train_and_eval'], '', flag_values=values)
+  flags.DEFINE_bool('help', False, '', short_name='h', flag_values=values)
   try:
     rest = values([arg for arg in argv if arg not in overrides])[1:]
   except flags.Error as error:
     raise UserError(f'command line: {first_line(error)}') from None
   if values.help:
-    print(f'{__doc__}\n{values.main_module_help() or values}')
+    print(__doc__)
     sys.exit(0)
   if rest:
     raise UserError(f'command line: do not know what to do with {rest[0]!r}; settings are --config.KEY=VALUE')
-  if overrides and not values.config:
-    raise UserError('command line: --config.KEY=VALUE needs --config=FILE')
   if not values.config and not (values.mode == 'eval' and values.workdir):
     raise UserError('command line: --config=FILE is missing, such as --config=configs/quickstart.py')
   if values.workdir is None:

@@ -2,6 +2,8 @@
 
 import optax
 
+from metajax.errors import UserError
+
 _OPTIMIZERS = {'adam': optax.adam, 'adamw': optax.adamw, 'sgd': optax.sgd}
 
 
@@ -16,16 +18,16 @@ def make(total_steps, *, name='adam', learning_rate=1e-3, schedule='constant', c
     clip: largest global norm of the meta-gradient; 0 for none.
 
   Raises:
-    ValueError: an unknown name or schedule.
+    UserError: an unknown name or schedule.
   """
   if name not in _OPTIMIZERS:
-    raise ValueError(f'name is one of {", ".join(_OPTIMIZERS)}, not {name!r}')
+    raise UserError(f'name is one of {", ".join(_OPTIMIZERS)}, not {name!r}')
   schedules = {
     'constant': lambda: learning_rate,
     'cosine': lambda: optax.cosine_decay_schedule(learning_rate, total_steps),
     'linear': lambda: optax.linear_schedule(learning_rate, 0.0, total_steps),
   }
   if schedule not in schedules:
-    raise ValueError(f'schedule is one of {", ".join(schedules)}, not {schedule!r}')
+    raise UserError(f'schedule is one of {", ".join(schedules)}, not {schedule!r}')
   clipping = [optax.clip_by_global_norm(clip)] if clip else []
   return optax.chain(*clipping, _OPTIMIZERS[name](schedules[schedule]()))

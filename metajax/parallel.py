@@ -66,7 +66,7 @@ def over_devices(step, *, donate=False):
   """Compiles `step(state, constants, local) -> replicated results` for all devices.
 
   `state` and `constants` are replicated, `local` is what `lay_out` returns; `donate` gives the memory of `state` to
-  the results. Inside, `mean_over_tasks` and `gather_tasks` meet the other devices.
+  the results. Inside, `mean_over_tasks` and `gather_tasks` meet the other devices. `constants` must hold an array.
   """
   donated = (0,) if donate else ()
   return jax.pmap(step, axis_name=_AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=donated)

@@ -39,7 +39,7 @@ class Progress:
     rate = (step - start) / max(now - before - self._paused, 1e-9)
     self._since, self._paused = (now, step), 0.0
     if self._bar is None:
-      left = time.strftime('%H:%M:%S', time.gmtime((self._total - step) / rate)) if rate else '?'
+      left = tqdm.format_interval((self._total - step) / rate) if rate else '?'
       self.say(f'step {step}/{self._total}: {readable(metrics)}, {rate * self._tasks:.0f} tasks/s, {left} left')
     return rate * self._tasks
 

@@ -17,7 +17,7 @@ from metajax import evaluate, losses, optimizers, parallel, report
 from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
 from metajax.data import episodes, pipeline
-from metajax.errors import UserError, first_line
+from metajax.errors import UserError
 from metajax.progress import Progress, readable
 from metajax.types import Algorithm, TaskWeighting
 from metajax.writer import Writer
@@ -68,23 +68,23 @@ def train_step(state, constants, local, *, experiment, tasks):
   coefficients = weighting.coefficients(state.weighting, class_ids)
 
   def meta_gradient(positions, weights, batch):
-    episodes = decode(resident, batch)
+    chunk = decode(resident, batch)
     rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng_tasks, positions)
 
     def outer_loss(params):
-      losses, (model_state, metrics) = jax.vmap(algorithm.loss, (None, None, 0, 0))(
-        params, state.model_state, episodes, rngs
+      each, (model_state, metrics) = jax.vmap(algorithm.loss, (None, None, 0, 0))(
+        params, state.model_state, chunk, rngs
       )
-      losses = losses.reshape(len(positions), -1).mean(axis=1)
-      return jnp.sum(weights * coefficients[positions] * losses), (losses, model_state, metrics)
+      each = each.reshape(len(positions), -1).mean(axis=1)
+      return jnp.sum(weights * coefficients[positions] * each), (each, model_state, metrics)
 
-    grads, (losses, model_state, metrics) = jax.grad(outer_loss, has_aux=True)(state.params)
-    weighted = jax.tree.map(lambda x: jnp.tensordot(weights, x, axes=1), (model_state, metrics))
-    return (grads, *weighted), losses
+    grads, (each, model_state, metrics) = jax.grad(outer_loss, has_aux=True)(state.params)
+    average = functools.partial(jnp.tensordot, weights, axes=1, precision='highest')
+    return (grads, *jax.tree.map(average, (model_state, metrics))), each
 
-  (grads, model_state, metrics), losses = parallel.mean_over_tasks(meta_gradient, local, tasks)
+  (grads, model_state, metrics), task_losses = parallel.mean_over_tasks(meta_gradient, local, tasks)
   updates, opt_state = experiment.tx.update(grads, state.opt_state, state.params)
-  weights, weight_metrics = weighting.update(state.weighting, losses, class_ids, rng_weighting)
+  weights, weight_metrics = weighting.update(state.weighting, task_losses, class_ids, rng_weighting)
   state = TrainState(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
@@ -92,7 +92,7 @@ def train_step(state, constants, local, *, experiment, tasks):
     opt_state=opt_state,
     weighting=weights,
   )
-  return state, {'loss': losses.mean(), 'grad_norm': optax.tree.norm(grads), **metrics, **weight_metrics}
+  return state, {'loss': task_losses.mean(), 'grad_norm': optax.tree.norm(grads), **metrics, **weight_metrics}
 
 
 def init_state(experiment, seed):
@@ -109,10 +109,7 @@ def init_state(experiment, seed):
       weighting=experiment.weighting.init(rng_weighting),
     )
 
-  try:
-    return jax.jit(init)(jax.random.key(seed))
-  except ValueError as error:  # what an algorithm finds wrong only when it sees the model's parameters
-    raise UserError(f'config.algorithm: {first_line(error)}') from error
+  return jax.jit(init)(jax.random.key(seed))
 
 
 def make_experiment(config, data_dir):
@@ -161,7 +158,7 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
   """Trains and evaluates; goes on where the workdir's last run stopped.
 
   Args:
-    config: complete (`config.complete`); None with mode 'eval' to take the workdir's.
+    config: complete, see `config.complete`.
     workdir: folder of the run.
     data_dir: where archives of data sets lie.
     mode: 'train', 'eval' or 'train_and_eval'.

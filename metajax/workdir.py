@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from metajax import config as config_lib
-from metajax.errors import UserError
+from metajax.errors import UserError, first_line
 
 # What may differ when a run goes on: it changes no result, or (chunk) only the order of a sum.
 _FREE = ('log_every', 'chunk', 'data.placement')
@@ -45,7 +45,7 @@ def settle_config(workdir, config, mode):
 
   Args:
     workdir: may be new.
-    config: complete; None in evaluation, to take the workdir's.
+    config: complete.
     mode: 'train', 'eval' or 'train_and_eval'.
 
   Returns:
@@ -55,14 +55,9 @@ def settle_config(workdir, config, mode):
   Raises:
     UserError: a setting differs that would change the result, or there is nothing to evaluate.
   """
-  path = Path(workdir) / 'config.json'
-  if not path.exists():
-    if mode == 'eval':
-      raise UserError(f'--mode=eval: {workdir} holds no run (no config.json): train first, or name its workdir')
+  if mode != 'eval' and not (Path(workdir) / 'config.json').exists():
     return config
-  kept = config_lib.from_json(path.read_text())
-  if config is None:
-    return kept
+  kept = read_config(workdir)
   free = [*_FREE, *(_OF_EVALUATION if mode == 'eval' else ())]
   if kept.optimizer.schedule == 'constant':
     free.append('total_steps')
@@ -80,6 +75,21 @@ def settle_config(workdir, config, mode):
       settings['eval'][key] = config.data[key]
     settings['data'][key] = kept.data[key]
   return config_lib.complete(settings)
+
+
+def read_config(workdir):
+  """The config that a workdir was made with.
+
+  Raises:
+    UserError: there is none, or it cannot be read.
+  """
+  path = Path(workdir) / 'config.json'
+  try:
+    return config_lib.from_json(path.read_text())
+  except FileNotFoundError:
+    raise UserError(f'--workdir: {workdir} holds no run (no config.json): train first, or name another') from None
+  except ValueError as error:
+    raise UserError(f'{path} is damaged ({first_line(error)}): restore it, or choose another --workdir') from None
 
 
 def keep_config(workdir, config):

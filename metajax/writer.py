@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from metajax.errors import UserError, first_line
+
 
 class Writer:
   """Writes `metrics.jsonl` and TensorBoard events of one workdir.
@@ -49,7 +51,10 @@ def read(workdir):
   """The records of `metrics.jsonl`; a last line cut off in the middle is left out."""
   path = Path(workdir) / 'metrics.jsonl'
   lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-  return [json.loads(line) for line in lines if line.endswith('\n')]
+  try:
+    return [json.loads(line) for line in lines if line.endswith('\n')]
+  except ValueError as error:
+    raise UserError(f'{path} is damaged ({first_line(error)}): mend or remove it') from None
 
 
 def _line(record):

@@ -69,7 +69,7 @@ BIAS = np.array([0.3, 0.5, -0.2, 0.4])
 def ours(pool, x, scale, bias, stats=None):
   variables = {'params': {'scale': scale, 'bias': bias}}
   if stats:
-    variables['batch_stats'] = {'mean': stats[0], 'variance': stats[1]}
+    variables['batch_stats'] = {'mean': stats[0], 'var': stats[1]}
   return layers.BatchNormReluPool(pool).apply(variables, x)
 
 
@@ -111,12 +111,12 @@ def test_mutable_statistics_are_the_batch_s_own_and_take_precedence_over_given_o
   x = draw(0, 3, 5, 6, 4)
   variables = {
     'params': {'scale': SCALE, 'bias': BIAS},
-    'batch_stats': {'mean': np.ones(4), 'variance': np.full(4, 9.0)},
+    'batch_stats': {'mean': np.ones(4), 'var': np.full(4, 9.0)},
   }
   out, updated = layers.BatchNormReluPool(True).apply(variables, x, mutable=['batch_stats'])
   assert_same(out, ours(True, x, SCALE, BIAS))
   rows = x.reshape(-1, 4)
-  assert_same(updated['batch_stats'], {'mean': rows.mean(0), 'variance': rows.var(0)})
+  assert_same(updated['batch_stats'], {'mean': rows.mean(0), 'var': rows.var(0)})
 
 
 @pytest.mark.parametrize('downsample', ['pool', 'stride'])

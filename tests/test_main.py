@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metajax import main, report
+from metajax import main, report, writer
 from tests.conftest import TINY, start
 
 
@@ -137,6 +138,9 @@ def test_errors_of_the_command_line(finished, cache, tmp_path, capsys, monkeypat
   monkeypatch.chdir(tmp_path)
   workdir, _ = finished
   tiny = f'--config={TINY}'
+  damaged = tmp_path / 'damaged'
+  damaged.mkdir()
+  (damaged / 'config.json').write_text('{')
   for arguments, message in [
     ((), '--config=FILE is missing'),
     (('--config=none.py',), 'there is no file none.py'),
@@ -146,6 +150,8 @@ def test_errors_of_the_command_line(finished, cache, tmp_path, capsys, monkeypat
     ((tiny, '--wrokdir=x'), 'wrokdir'),
     ((tiny, '--mode=trian'), 'mode'),
     ((tiny, 'train'), "'train'"),
+    (('--mode=eval', '--workdir=nothing'), 'holds no run'),
+    (('--mode=eval', f'--workdir={damaged}'), 'config.json is damaged'),
     ((tiny, '--mode=eval', '--workdir=new'), 'holds no run'),
     ((f'{tiny}:way=7',), 'way = 7, but the val split has only 6 classes'),
     ((f'{tiny}:shot=5',), 'only 6 images'),
@@ -172,6 +178,24 @@ def test_other_errors_keep_their_traceback(cache, tmp_path, monkeypatch):
   config.write_text('def get_config():\n  return 1 / 0\n')
   with pytest.raises(ZeroDivisionError):
     run(f'--config={config}')
+
+
+def test_a_full_disk_ends_with_one_line_and_loses_nothing(cache, tmp_path, monkeypatch, capsys):
+  arguments = f'--config={TINY}', f'--workdir={tmp_path / "run"}', '--mode=train'
+  write = writer.Writer.write
+
+  def fail(self, step, split, metrics):
+    if step == 4:
+      raise OSError(errno.ENOSPC, 'No space left on device', str(tmp_path / 'run' / 'metrics.jsonl'))
+    write(self, step, split, metrics)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(writer.Writer, 'write', fail)
+    assert run(*arguments) == 2
+  error = capsys.readouterr().err
+  assert 'No space left on device' in error and 'make room' in error and error.count('\n') == 1
+  assert run(*arguments) == 0
+  assert 'from step 3' in capsys.readouterr().out
 
 
 def test_default_workdir_and_data_dir(tmp_path, monkeypatch):

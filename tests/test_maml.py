@@ -272,9 +272,9 @@ def by_hand(params, x, statistics=None):
   """NumPy: logits of `Normed`, and {layer: {mean, variance}} of the batch; the statistics given normalise instead."""
   own = {}
   for layer in ('norm0', 'norm1'):
-    own[layer] = {'mean': x.mean((0, 1, 2)), 'variance': x.var((0, 1, 2))}
+    own[layer] = {'mean': x.mean((0, 1, 2)), 'var': x.var((0, 1, 2))}
     used = (statistics or own)[layer]
-    x = (x - used['mean']) / np.sqrt(used['variance'] + 1e-5) * params[layer]['scale'] + params[layer]['bias']
+    x = (x - used['mean']) / np.sqrt(used['var'] + 1e-5) * params[layer]['scale'] + params[layer]['bias']
     x = np.maximum(x, 0)
     if layer == 'norm0':
       x = x @ params['hidden']['kernel'] + params['hidden']['bias']

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from metajax import inner_loop, losses
+from metajax.errors import UserError
 from metajax.types import Algorithm
 
 BATCH_NORM_MODES = ('transductive', 'support', 'running')
@@ -41,22 +42,24 @@ def make(
     inner_params: names of the model's top-level parameters that the inner loop moves; all if empty.
     batch_norm: statistics that normalise queries; the support set always uses its own. 'transductive': those of the
       query batch, so queries see one another (the practice of the paper's code). 'support': those of the support set
-      under the fast weights. 'running': the query batch's in training, their running average in evaluation.
+      under the fast weights. 'running': the query batch's in training, their running average in evaluation. The last
+      two need layers that keep a batch's statistics as they are and use given ones when 'batch_stats' is not
+      mutable, such as `models.layers.BatchNormReluPool`; Flax's own BatchNorm serves 'transductive' alone.
     batch_norm_momentum: how much of the running average stays at each meta-update.
     checkpoint: trade time for memory in the backward pass, see `inner_loop.sgd`.
 
   Raises:
-    ValueError: an unknown batch-norm mode, or names in `inner_params` that the model does not have.
+    UserError: an unknown batch-norm mode; names in `inner_params` that the model does not have (by `init`).
   """
   if batch_norm not in BATCH_NORM_MODES:
-    raise ValueError(f'batch_norm is one of {", ".join(BATCH_NORM_MODES)}, not {batch_norm!r}')
+    raise UserError(f'batch_norm is one of {", ".join(BATCH_NORM_MODES)}, not {batch_norm!r}')
   rates = jnp.full((inner_steps,), inner_lr, jnp.float32)
 
   def init(rng, inputs):
     model_state = dict(model.init(rng, inputs))
     params = model_state.pop('params')
     if unknown := set(inner_params) - set(params):
-      raise ValueError(f'inner_params {sorted(unknown)} are not in the model, which has {sorted(params)}')
+      raise UserError(f'inner_params {sorted(unknown)} are not in the model, which has {sorted(params)}')
     return params, model_state
 
   def batch_forward(params, model_state, inputs):

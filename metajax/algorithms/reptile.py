@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metajax import losses
+from metajax import inner_loop, losses
 from metajax.algorithms import maml
+from metajax.errors import UserError
 from metajax.types import Algorithm
 
 
@@ -33,7 +34,7 @@ def make(
     batch_norm: 'transductive' or 'support', see `maml.make`.
   """
   if batch_norm == 'running':
-    raise ValueError("reptile has batch_norm 'transductive' or 'support': no outer loss keeps a running average")
+    raise UserError("reptile has batch_norm 'transductive' or 'support': no outer loss keeps a running average")
   # Its inner loop of no steps leaves the choice of normalising statistics, and `predict`.
   base = maml.make(model, objective=objective, inner_steps=0, batch_norm=batch_norm)
   inner = optax.adam(inner_lr, b1=0.0)
@@ -61,8 +62,7 @@ def make(
     return base.adapt(fast, model_state, support, rng)
 
   def trajectory(params, model_state, support, rng):
-    path = descend(params, model_state, support, rng)
-    path = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), params, path)
+    path = inner_loop.prepend(params, descend(params, model_state, support, rng))
     return jax.vmap(lambda fast: base.adapt(fast, model_state, support, rng))(path)
 
   def loss(params, model_state, episode, rng):

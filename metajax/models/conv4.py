@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 
+from metajax.errors import UserError
 from metajax.models import layers
 
 
@@ -32,5 +33,5 @@ class Conv4(nn.Module):
 def make(num_outputs, *, width=64, downsample='pool'):
   """Conv4 of `width` filters; `downsample` is 'pool' (2x2 max pooling, flattened) or 'stride' (2, averaged)."""
   if downsample not in ('pool', 'stride'):
-    raise ValueError(f"downsample is 'pool' or 'stride', not {downsample!r}")
+    raise UserError(f"downsample is 'pool' or 'stride', not {downsample!r}")
   return Conv4(num_outputs, width, downsample)

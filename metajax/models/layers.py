@@ -56,17 +56,16 @@ class BatchNormReluPool(nn.Module):
     features = x.shape[-1]
     scale = self.param('scale', nn.initializers.ones, (features,))
     bias = self.param('bias', nn.initializers.zeros, (features,))
-    stored = self.has_variable('batch_stats', 'mean') and not self.is_mutable_collection('batch_stats')
-    if stored:
-      mean = self.get_variable('batch_stats', 'mean')
-      variance = self.get_variable('batch_stats', 'variance')
+    mutable = self.is_mutable_collection('batch_stats')
+    if self.has_variable('batch_stats', 'mean') and not mutable:
+      mean, var = self.get_variable('batch_stats', 'mean'), self.get_variable('batch_stats', 'var')
     else:
       mean = jnp.mean(x, axis=(0, 1, 2))
-      variance = jnp.mean(jnp.square(x - mean), axis=(0, 1, 2))
-      if self.is_mutable_collection('batch_stats'):
-        self.put_variable('batch_stats', 'mean', mean)
-        self.put_variable('batch_stats', 'variance', variance)
+      var = jnp.mean(jnp.square(x - mean), axis=(0, 1, 2))
+      if mutable:  # before training: a standard normal, as in Flax, whatever batch `init` happened to see
+        self.put_variable('batch_stats', 'mean', jnp.zeros(features) if self.is_initializing() else mean)
+        self.put_variable('batch_stats', 'var', jnp.ones(features) if self.is_initializing() else var)
     if self.pool:
       sign = jnp.where(scale >= 0, 1.0, -1.0)
       x = sign * max_pool2x2(sign * x)
-    return nn.relu((x - mean) * (scale / jnp.sqrt(variance + self.epsilon)) + bias)
+    return nn.relu((x - mean) * (scale / jnp.sqrt(var + self.epsilon)) + bias)
