@@ -1,5 +1,7 @@
 """Checkpoints that survive being killed while written, and say so when they are damaged."""
 
+import contextlib
+import json
 import shutil
 import zlib
 from pathlib import Path
@@ -22,6 +24,7 @@ class Checkpoints:
 
   def __init__(self, workdir):
     self.directory = Path(workdir).absolute() / 'checkpoints'
+    self._set_unscored_aside()
     options = ocp.CheckpointManagerOptions(
       preservation_policy=_LatestAndBest(),
       best_fn=lambda metrics: metrics['score'],  # never called: it makes the manager keep the metrics
@@ -32,13 +35,14 @@ class Checkpoints:
   def save(self, state, score=None):
     """Starts writing `state`; `score` is its validation score, higher is better, None if there is none."""
     state = jax.tree.map(np.array, jax.device_get(state))  # copies: the step reuses the memory of its state
-    self._manager.save(
-      int(state.step),
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), checksum=ocp.args.JsonSave({'crc32': _checksum(state)})
-      ),
-      metrics={'score': None if score is None else float(score)},
-    )
+    with _disk_errors(self.directory):
+      self._manager.save(
+        int(state.step),
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), checksum=ocp.args.JsonSave({'crc32': _checksum(state)})
+        ),
+        metrics={'score': None if score is None else float(score)},
+      )
 
   def restore(self, step, like):
     """The state of a step, shaped as the pytree `like`; raises whatever reading a damaged one raises."""
@@ -50,7 +54,7 @@ class Checkpoints:
     return restored.state
 
   def restore_first_sound(self, steps, like):
-    """The state of the first of `steps` that can be read, and the steps before it, which cannot.
+    """The state of the first of `steps` that can be read, and those before it that cannot, {step: why}.
 
     Raises:
       UserError: there are checkpoints, but none can be read. Starting anew would be a silent loss.
@@ -61,7 +65,7 @@ class Checkpoints:
         return self.restore(step, like), damaged
       except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
         damaged[step] = first_line(error)
-        print(f'checkpoint {self.directory / str(step)} cannot be read ({damaged[step]}): trying the one before it')
+        print(f'checkpoint {self.directory / str(step)} cannot be read ({damaged[step]}): trying the next')
     raise UserError(
       f'no checkpoint in {self.directory} can be read (damaged, or of another version of metajax): '
       f'move the folder away to start anew, or choose another --workdir'
@@ -70,15 +74,30 @@ class Checkpoints:
   def set_aside(self, steps):
     """Moves damaged checkpoints out of the way, to `damaged_checkpoints`, so that their steps can be saved again."""
     for step in steps:
-      aside = self.directory.parent / 'damaged_checkpoints' / str(step)
-      shutil.rmtree(aside, ignore_errors=True)
-      aside.parent.mkdir(exist_ok=True)
-      (self.directory / str(step)).rename(aside)
+      self._move_aside(self.directory / str(step))
       self._manager.reload()
+
+  def _set_unscored_aside(self):
+    """The manager reads all scores when it starts and stops at one that is damaged: those go first, by name."""
+    for folder in sorted(self.directory.glob('[0-9]*')):
+      if not folder.name.isdigit():
+        continue  # being written when the run was killed: the manager removes it
+      try:
+        json.loads((folder / 'metrics' / 'metrics').read_text())['score']
+      except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f'checkpoint {folder} cannot be read (its score: {first_line(error)}): moved to damaged_checkpoints')
+        self._move_aside(folder)
+
+  def _move_aside(self, folder):
+    aside = self.directory.parent / 'damaged_checkpoints' / folder.name
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(exist_ok=True)
+    folder.rename(aside)
 
   def steps(self):
     """Steps of all checkpoints, the latest first; waits for the one being written."""
-    self._manager.wait_until_finished()
+    with _disk_errors(self.directory):
+      self._manager.wait_until_finished()
     return sorted(self._manager.all_steps(), reverse=True)
 
   def best_steps(self):
@@ -87,7 +106,8 @@ class Checkpoints:
 
   def close(self):
     """Waits until everything is on disk."""
-    self._manager.close()
+    with _disk_errors(self.directory):
+      self._manager.close()
 
 
 class _LatestAndBest:
@@ -105,7 +125,7 @@ class _LatestAndBest:
 def _rank(metrics, step):
   """What to sort by: validation score, later first among equals; never validated comes last."""
   score = metrics['score'] if metrics else None
-  return (-np.inf if score is None else score, step)
+  return (score if score is not None and np.isfinite(score) else -np.inf, step)
 
 
 def _checksum(state):
@@ -113,3 +133,14 @@ def _checksum(state):
   for leaf in jax.tree.leaves(state):
     crc = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), crc)
   return crc
+
+
+@contextlib.contextmanager
+def _disk_errors(folder):
+  """Orbax reports a full disk by errors of several kinds, of a save before, at whatever call comes next."""
+  try:
+    yield
+  except (OSError, ValueError) as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error) and 'No space left' not in str(error):
+      raise
+    raise UserError(f'no room for a checkpoint in {folder}: make room, then run the same command again') from error

@@ -49,6 +49,7 @@ _EVAL = dict(
   query_shot=int,
 )
 _PACKAGES = {'data': 'load', 'model': 'make', 'algorithm': 'make', 'weighting': 'make'}
+_SUPPLIED = ('objective',)  # keyword arguments that are no settings: training supplies them
 _GROUPS = (*_PACKAGES, 'optimizer', 'eval')
 
 
@@ -91,7 +92,10 @@ def load(spec):
   if module_spec is None:
     raise UserError(f'--config: {path} is not a Python file')
   module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
+  try:
+    module_spec.loader.exec_module(module)
+  except (SyntaxError, ImportError) as error:
+    raise UserError(f'--config: {path} cannot be read: {first_line(error)}') from error
   if not hasattr(module, 'get_config'):
     raise UserError(f'--config: {path} has no function get_config')
   if not inspect.signature(module.get_config).parameters:
@@ -107,6 +111,8 @@ def complete(config):
   Raises:
     UserError: a setting that is missing, or that nothing knows.
   """
+  if not isinstance(config, (dict, ml_collections.ConfigDict)):
+    raise UserError(f'config: a ConfigDict is needed, not {config!r}')
   config = _plain(config)
   config.setdefault('weighting', {'name': 'uniform'})
   _fill('config', config, _TOP_LEVEL, groups=_GROUPS)
@@ -123,15 +129,16 @@ def complete(config):
 def override(config, arguments):
   """Applies command-line arguments `--config.KEY=VALUE` to a complete config.
 
-  A group's `name` comes first: settings that only the old name has go, those that the new one has as well stay.
+  A group's `name` comes first: of the settings given for the old name, those that the new one has as well stay.
   """
   config = _plain(config)
   for argument in arguments:
     if match := re.fullmatch(r'--?config\.(\w+)\.name=(.+)', argument):
       group, name = match.groups()
       if group in _PACKAGES and name != config[group]['name']:
-        known = _defaults(group, name)
-        config[group] = {'name': name, **{k: v for k, v in config[group].items() if k in known}}
+        old, known = _defaults(group, config[group]['name']), _defaults(group, name)
+        given = {k: v for k, v in config[group].items() if k in known and k in old and v != old[k]}
+        config[group] = {'name': name, **given}
   config = complete(config)
   for argument in arguments:
     _check_key(config, re.sub(r'^--?(no)?config\.', '', argument.partition('=')[0]))
@@ -205,6 +212,17 @@ def _fill(where, settings, defaults, *, groups=(), name=None):
       raise UserError(f'{where}.{key} is missing')
     if settings.get(key) is None:  # an empty setting read from a file loses its type: give it back
       settings[key] = placeholder(value) if isinstance(value, type) else value
+    elif value is not REQUIRED:
+      settings[key] = _convert(f'{where}.{key}', settings[key], value if isinstance(value, type) else type(value))
+
+
+def _convert(where, value, kind):
+  """A setting as the type of its default; an int may stand for a float, or for a number in a text ('auto' or 4)."""
+  if type(value) is int and kind in (float, str):
+    return kind(value)
+  if type(value) is not kind:
+    raise UserError(f'{where} = {value!r}: {kind.__name__} is needed')
+  return value
 
 
 def _defaults(group, name):
@@ -217,16 +235,20 @@ def _defaults(group, name):
 
 
 def _keywords(function):
-  """{name: default} of a function's settings: keyword-only arguments that a file can hold."""
+  """{name: default} of a function's settings: keyword-only arguments of a type that a file can hold."""
   return {
     p.name: p.default
     for p in inspect.signature(function).parameters.values()
-    if p.kind is p.KEYWORD_ONLY and (p.default is REQUIRED or type(p.default) in (bool, int, float, str, tuple))
+    if p.kind is p.KEYWORD_ONLY
+    and p.name not in _SUPPLIED
+    and (p.default is REQUIRED or type(p.default) in (bool, int, float, str, tuple))
   }
 
 
 def _function(group, name):
   package = f'metajax.{_PLURAL[group]}'
+  if not re.fullmatch(r'\w+(\.\w+)*', name):
+    raise UserError(f'config.{group}.name: {name!r} is not the name of a module')
   path = name if '.' in name else f'{package}.{name}'
   try:
     module = importlib.import_module(path)

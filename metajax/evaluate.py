@@ -6,26 +6,28 @@ import numpy as np
 
 from metajax import parallel
 
-_BATCH = 100  # episodes a dispatch
+_BATCH = 100  # at most so many episodes a dispatch
 
 
-def make(algorithm, objective, source, *, seed, chunk='auto', trajectory=False):
+def make(algorithm, objective, source, *, episodes, seed, chunk='auto', trajectory=False):
   """Compiles the evaluation of an algorithm on the first episodes of a source.
 
   Args:
     algorithm: built with the inner steps of evaluation.
     objective: its losses and metrics are what is reported.
     source: of the split's episodes.
+    episodes: how many.
     seed: of the algorithm's own randomness, if it has any.
     chunk: see `parallel.chunk_size`.
     trajectory: report every inner step instead of the last alone.
 
   Returns:
-    evaluate(params, model_state, resident, episodes) -> {metric: (episodes,) float32 array, or (episodes,
-    inner_steps + 1) with `trajectory`}; `resident` is `source.resident`, replicated.
+    evaluate(params, model_state, resident) -> {metric: (episodes,) float32 array, or (episodes, inner_steps + 1) with
+    `trajectory`}; `resident` is `source.resident`, replicated.
   """
   key = parallel.replicate(jax.random.key(seed))
-  chunk = parallel.chunk_size(chunk, _BATCH, elements(source))
+  size = min(_BATCH, episodes)
+  chunk = parallel.chunk_size(chunk, size, elements(source))
 
   def metrics(params, model_state, episode, rng):
     def of_adapted(adapted):
@@ -36,7 +38,8 @@ def make(algorithm, objective, source, *, seed, chunk='auto', trajectory=False):
       return {'loss': jnp.mean(losses), **objective.metrics(outputs, episode.query.targets)}
 
     if trajectory:
-      return jax.vmap(of_adapted)(algorithm.trajectory(params, model_state, episode.support, rng))
+      # One inner step at a time: all at once would need the memory of as many query sets.
+      return jax.lax.map(of_adapted, algorithm.trajectory(params, model_state, episode.support, rng))
     return of_adapted(algorithm.adapt(params, model_state, episode.support, rng))
 
   def step(state, constants, local):
@@ -45,18 +48,18 @@ def make(algorithm, objective, source, *, seed, chunk='auto', trajectory=False):
 
     def chunk_metrics(positions, weights, batch):
       del weights
-      episodes = source.decode(resident, batch)
+      tasks = source.decode(resident, batch)
       rngs = jax.vmap(jax.random.fold_in, (None, 0))(key, start + positions)
-      return (), jax.vmap(metrics, (None, None, 0, 0))(params, model_state, episodes, rngs)
+      return (), jax.vmap(metrics, (None, None, 0, 0))(params, model_state, tasks, rngs)
 
-    return parallel.mean_over_tasks(chunk_metrics, local, _BATCH)[1]
+    return parallel.mean_over_tasks(chunk_metrics, local, size)[1]
 
   step = parallel.over_devices(step)
 
-  def evaluate(params, model_state, resident, episodes):
+  def evaluate(params, model_state, resident):
     results = []
-    for start in range(0, episodes, _BATCH):
-      local = parallel.lay_out(source.sample(start, _BATCH), _BATCH, chunk)
+    for start in range(0, episodes, size):
+      local = parallel.lay_out(source.sample(start, size), size, chunk)
       results.append(step((params, model_state), (resident, key, jnp.int32(start)), local))
     results = jax.device_get(results)
     return {name: np.concatenate([r[name] for r in results])[:episodes] for name in results[0]}

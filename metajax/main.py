@@ -41,9 +41,10 @@ def main(argv=None):
     print(f'metajax: {error}', file=sys.stderr)
     return 2
   except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    remedies = {errno.ENOSPC: 'make room', errno.EDQUOT: 'make room', errno.EACCES: 'make it accessible'}
+    if error.errno not in remedies:
       raise
-    print(f'metajax: {error}: make room, then run the same command again to go on', file=sys.stderr)
+    print(f'metajax: {error}: {remedies[error.errno]}, then run the same command again to go on', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print('metajax: interrupted; run the same command again to go on from the last checkpoint', file=sys.stderr)
@@ -69,10 +70,10 @@ def parse(argv):
     raise UserError(f'command line: do not know what to do with {rest[0]!r}; settings are --config.KEY=VALUE')
   if not values.config and not (values.mode == 'eval' and values.workdir):
     raise UserError('command line: --config=FILE is missing, such as --config=configs/quickstart.py')
-  if values.workdir is None:
+  if not values.workdir:
     path, _, arg = values.config.partition(':')
     values.workdir = str(Path('runs') / (Path(path).stem + (f'-{arg}' if arg else '')))
-  if values.data_dir is None:
+  if not values.data_dir:
     values.data_dir = os.environ.get('METAJAX_DATA') or str(Path.home() / 'metajax_data')
   return values, overrides
 

@@ -29,5 +29,7 @@ def make(total_steps, *, name='adam', learning_rate=1e-3, schedule='constant', c
   }
   if schedule not in schedules:
     raise UserError(f'schedule is one of {", ".join(schedules)}, not {schedule!r}')
+  if clip < 0:
+    raise UserError(f'clip = {clip}: it cannot be negative')
   clipping = [optax.clip_by_global_norm(clip)] if clip else []
   return optax.chain(*clipping, _OPTIMIZERS[name](schedules[schedule]()))

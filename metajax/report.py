@@ -9,6 +9,8 @@ import numpy as np
 
 from metajax import evaluate, figures, writer
 from metajax.data import episodes
+from metajax.errors import UserError
+from metajax.files import write_atomically
 from metajax.progress import readable
 
 
@@ -17,15 +19,25 @@ def test(config, experiment, state, workdir):
   source = experiment.sources['test']
   along = experiment.evaluation.trajectory is not None
   evaluate_fn = evaluate.make(
-    experiment.evaluation, experiment.objective, source, seed=config.eval.seed, chunk=config.chunk, trajectory=along
+    experiment.evaluation,
+    experiment.objective,
+    source,
+    episodes=config.eval.episodes,
+    seed=config.eval.seed,
+    chunk=config.chunk,
+    trajectory=along,
   )
   start = time.perf_counter()
-  values = evaluate_fn(state.params, state.model_state, experiment.resident, config.eval.episodes)
+  values = evaluate_fn(state.params, state.model_state, experiment.resident)
   seconds = time.perf_counter() - start
   summary = evaluate.summarise(values)
 
+  if not np.isfinite(summary['loss']).all():
+    raise UserError('the test diverged: a loss is not finite. Try a smaller config.eval.inner_lr or inner_steps')
+
   classification = 'accuracy' in summary
-  protocol = {k: config.data[k] if config.eval[k] is None else config.eval[k] for k in ('way', 'shot', 'query_shot')}
+  names = ('way', 'shot', 'query_shot') if classification else ('shot', 'query_shot')
+  protocol = {name: config.data[name] if config.eval[name] is None else config.eval[name] for name in names}
   steps = config.algorithm.get('inner_steps') if config.eval.inner_steps is None else config.eval.inner_steps
   result = {name: float(value[-1] if along else value) for name, value in summary.items()}
   result |= {'episodes': config.eval.episodes, **protocol, 'inner_steps': steps}
@@ -46,9 +58,7 @@ def test(config, experiment, state, workdir):
     result['by_inner_step'] = {name: value.tolist() for name, value in summary.items()}
   result = {name: value for name, value in result.items() if value is not None}
 
-  temporary = Path(workdir) / 'test.tmp'
-  temporary.write_text(json.dumps(result, indent=2) + '\n')
-  temporary.replace(Path(workdir) / 'test.json')
+  write_atomically(Path(workdir) / 'test.json', json.dumps(result, indent=2) + '\n')
   draw(experiment, state, result, Path(workdir) / 'figures')
   print(f'figures: {Path(workdir) / "figures"}')
   print(test_line(result), flush=True)
@@ -67,10 +77,13 @@ def test_line(result):
   return f'test: {number} ({", ".join(protocol)})'
 
 
+def draw_training(workdir):
+  """Draws the learning curves."""
+  figures.learning_curves(Path(workdir) / 'figures' / 'learning_curves.png', writer.read(workdir))
+
+
 def draw(experiment, state, result, folder):
-  """Draws learning curves, the inner loop's gain, and one test episode or a few regression tasks."""
-  folder.mkdir(exist_ok=True)
-  figures.learning_curves(folder / 'learning_curves.png', writer.read(folder.parent))
+  """Draws the inner loop's gain, and one test episode or a few regression tasks."""
   quantity = 'accuracy' if 'accuracy' in result else 'loss'
   if steps := result.get('by_inner_step'):
     values, ci95 = np.array(steps[quantity]), np.array(steps[f'{quantity}_ci95'])

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import functools
 import signal
+import threading
 import time
 from typing import Any, NamedTuple
 
@@ -112,12 +113,21 @@ def init_state(experiment, seed):
   return jax.jit(init)(jax.random.key(seed))
 
 
-def make_experiment(config, data_dir):
-  """Loads the data and builds what the config names."""
-  for name in ('total_steps', 'data.tasks', 'eval.episodes', 'eval.val_episodes'):
-    if config_lib.get(config, name) < 1:
-      raise UserError(f'config.{name} = {config_lib.get(config, name)}: at least 1 is needed')
+_COUNTS = ('total_steps', 'data.tasks', 'data.shot', 'data.query_shot', 'eval.episodes', 'eval.val_episodes')
+_COUNTS_OR_ZERO = ('seed', 'eval.seed', 'log_every', 'eval_every', 'checkpoint_every')
+
+
+def make_experiment(config, data_dir, needed=('train', 'test')):
+  """Loads the data and builds what the config names; `needed` are the splits that the data must have."""
+  for name in (*_COUNTS, *_COUNTS_OR_ZERO):
+    value, least = config_lib.get(config, name), int(name in _COUNTS)
+    if not isinstance(value, int) or value < least:
+      raise UserError(f'config.{name} = {value!r}: a whole number from {least} on is needed')
   splits = config_lib.build(config, 'data', str(data_dir))
+  for split in needed:
+    if split not in splits:
+      hint = ', or use --mode=train' if split == 'test' else ''
+      raise UserError(f'config.data: {config.data.name} has no {split} split: add one{hint}')
   sources = {}
   for split, data in splits.items():
     settings = config.data.to_dict()
@@ -140,6 +150,9 @@ def make_experiment(config, data_dir):
   if not regression and (config.eval.way or 0) > outputs:
     raise UserError(f'config.eval.way = {config.eval.way}, but the network was trained with {outputs} outputs')
   model = config_lib.build(config, 'model', outputs)
+  for name in ('inner_steps', 'inner_lr'):
+    if config.eval[name] is not None and name not in config.algorithm:
+      raise UserError(f'config.eval.{name}: {config.algorithm.name} has no such setting')
   overrides = {k: config.eval[k] for k in ('inner_steps', 'inner_lr') if config.eval[k] is not None}
   return Experiment(
     splits=splits,
@@ -166,26 +179,34 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
   Raises:
     UserError: see the message.
   """
-  with workdir_lib.locked(workdir), _stop_on_sigterm() as stop:
+  with workdir_lib.locked(workdir):
     config = workdir_lib.settle_config(workdir, config, mode)
-    experiment = make_experiment(config, data_dir)
+    experiment = make_experiment(config, data_dir, ('train',) if mode == 'train' else ('train', 'test'))
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
       if mode != 'eval':
-        train(config, experiment, workdir, checkpoints, stop)
-      if mode != 'train' and not stop.requested:
+        with _stop_on_sigterm() as stop:
+          train(config, experiment, workdir, checkpoints, stop)
+        report.draw_training(workdir)
+        if stop.is_set():
+          return
+      if mode != 'train':
         report.test(config, experiment, load_best(checkpoints, experiment, config), workdir)
 
 
 def train(config, experiment, workdir, checkpoints, stop):
   """The loop: from the last checkpoint, or from nothing, to `config.total_steps`."""
   state = init_state(experiment, config.seed)
+  steps = checkpoints.steps()
+  if steps and steps[0] > config.total_steps:
+    raise UserError(f'{workdir} is at step {steps[0]} already, beyond config.total_steps = {config.total_steps}')
   workdir_lib.keep_config(workdir, config)
-  if steps := checkpoints.steps():
+  if steps:
     state, damaged = checkpoints.restore_first_sound(steps, state)
     checkpoints.set_aside(damaged)
   state = parallel.replicate(state)
   done, total, tasks = int(state.step), config.total_steps, config.data.tasks
   if done >= total:
+    print(f'{workdir} is trained to step {done} already')
     return
 
   source = experiment.sources['train']
@@ -203,13 +224,15 @@ def train(config, experiment, workdir, checkpoints, stop):
     contextlib.closing(pipeline.prefetch(make_batch, range(done + 1, total + 1))) as batches,
   ):
     progress.say(f'training {workdir} from step {done}: {describe(state)}')
+    if validate is None:
+      progress.say('no validation split: the last checkpoint will be the one to test')
     in_flight = InFlight(progress, writer, config.log_every)
     for step, local in batches:
       try:
         state, metrics = step_fn(state, constants, local)
         in_flight.add(step, metrics)
         evaluating = due(step, config.eval_every) or step == total
-        if not (evaluating or due(step, config.checkpoint_every) or stop.requested):
+        if not (evaluating or due(step, config.checkpoint_every) or stop.is_set()):
           continue
         in_flight.settle()
       except FloatingPointError as error:
@@ -218,13 +241,15 @@ def train(config, experiment, workdir, checkpoints, stop):
       start, score = time.perf_counter(), None
       if evaluating and validate:
         summary = validate(state)
+        if not np.isfinite(summary['loss']):
+          raise _diverged(step, checkpoints)
         writer.write(step, 'val', summary)
         progress.say(f'step {step}/{total}: val {readable(summary)}')
         score = summary.get('accuracy', -summary['loss'])
       writer.sync()  # metrics first: a checkpoint without its metrics could not be resumed exactly
       checkpoints.save(state, score)
       progress.pause(time.perf_counter() - start)
-      if stop.requested and step < total:
+      if stop.is_set():
         progress.say(f'stopped at step {step}, checkpoint saved: run the same command again to go on')
         return
 
@@ -264,11 +289,14 @@ def validation(config, experiment):
   if 'val' not in experiment.sources:
     return None
   evaluate_fn = evaluate.make(
-    experiment.evaluation, experiment.objective, experiment.sources['val'], seed=config.eval.seed, chunk=config.chunk
+    experiment.evaluation,
+    experiment.objective,
+    experiment.sources['val'],
+    episodes=config.eval.val_episodes,
+    seed=config.eval.seed,
+    chunk=config.chunk,
   )
-  return lambda state: evaluate.summarise(
-    evaluate_fn(state.params, state.model_state, experiment.resident, config.eval.val_episodes)
-  )
+  return lambda state: evaluate.summarise(evaluate_fn(state.params, state.model_state, experiment.resident))
 
 
 def load_best(checkpoints, experiment, config):
@@ -296,26 +324,17 @@ def _diverged(step, checkpoints):
   good = f'the last good checkpoint is of step {steps[0]}' if steps else 'there is no checkpoint before it'
   return UserError(
     f'training diverged: loss or gradient is not finite at step {step}; {good} in {checkpoints.directory}. '
-    'Try a smaller config.algorithm.inner_lr or config.optimizer.learning_rate, or config.optimizer.clip=10'
+    'Try, in a new --workdir, a smaller config.algorithm.inner_lr or config.optimizer.learning_rate, or '
+    'config.optimizer.clip=10'
   )
-
-
-class _Stop:
-  """Whether the process was asked to end."""
-
-  requested = False
 
 
 @contextlib.contextmanager
 def _stop_on_sigterm():
-  """Turns SIGTERM into a request that the loop meets at its next step."""
-  stop = _Stop()
-
-  def handler(number, frame):
-    stop.requested = True
-
+  """Turns SIGTERM into an event that the loop looks at in every step."""
+  stop = threading.Event()
   try:
-    previous = signal.signal(signal.SIGTERM, handler)
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
   except ValueError:  # signals can be handled in the main thread alone: elsewhere SIGTERM stays as it is
     yield stop
     return

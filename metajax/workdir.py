@@ -7,11 +7,12 @@ from pathlib import Path
 
 from metajax import config as config_lib
 from metajax.errors import UserError, first_line
+from metajax.files import write_atomically
 
 # What may differ when a run goes on: it changes no result, or (chunk) only the order of a sum.
 _FREE = ('log_every', 'chunk', 'data.placement')
-# What evaluation may choose anew.
-_OF_EVALUATION = ('eval.', 'data.way', 'data.shot', 'data.query_shot')
+# What evaluation may choose anew, besides the settings of `eval`.
+_OF_EPISODES = ('way', 'shot', 'query_shot')
 
 
 @contextlib.contextmanager
@@ -34,6 +35,8 @@ def locked(workdir):
       file.seek(0)
       holder = file.read().strip() or 'another process'
       raise UserError(f'--workdir: {workdir} is in use by {holder}: wait for it, or choose another workdir') from None
+    except OSError as error:
+      raise UserError(f'--workdir: {workdir} cannot be locked ({error.strerror}): choose a local folder') from None
     file.truncate(0)
     file.write(f'process {os.getpid()} on {os.uname().nodename}')
     file.flush()
@@ -56,22 +59,27 @@ def settle_config(workdir, config, mode):
     UserError: a setting differs that would change the result, or there is nothing to evaluate.
   """
   if mode != 'eval' and not (Path(workdir) / 'config.json').exists():
+    if any((Path(workdir) / 'checkpoints').glob('[0-9]*')):
+      raise UserError(f'--workdir: {workdir} has checkpoints but no config.json to tell whose: choose another workdir')
     return config
   kept = read_config(workdir)
-  free = [*_FREE, *(_OF_EVALUATION if mode == 'eval' else ())]
-  if kept.optimizer.schedule == 'constant':
-    free.append('total_steps')
-  differing = [key for key in config_lib.differences(kept, config) if not key.startswith(tuple(free))]
+  differing = set(config_lib.differences(kept, config)).difference(_FREE)
+  if mode == 'eval':
+    differing = {key for key in differing if not key.startswith('eval.')}.difference(f'data.{k}' for k in _OF_EPISODES)
+  elif kept.optimizer.schedule == 'constant':
+    differing.discard('total_steps')
   if differing:
     raise UserError(
-      f'--workdir: {workdir} was made with another config: {", ".join(differing)} '
+      f'--workdir: {workdir} was made with another config: {", ".join(sorted(differing))} '
       f'{"differs" if len(differing) == 1 else "differ"} from its config.json: choose another workdir'
     )
   if mode != 'eval':
     return config
   settings = config.to_dict()
-  for key in ('way', 'shot', 'query_shot'):
-    if config.data[key] != kept.data[key] and settings['eval'][key] is None:
+  for key in _OF_EPISODES:
+    if config.data[key] != kept.data[key]:
+      if settings['eval'][key] is not None:
+        raise UserError(f'config.data.{key} differs from training, but config.eval.{key} decides: change that one')
       settings['eval'][key] = config.data[key]
     settings['data'][key] = kept.data[key]
   return config_lib.complete(settings)
@@ -94,7 +102,4 @@ def read_config(workdir):
 
 def keep_config(workdir, config):
   """Writes `config.json`: from now on the workdir belongs to this config."""
-  path = Path(workdir) / 'config.json'
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(config_lib.to_json(config))
-  temporary.replace(path)
+  write_atomically(Path(workdir) / 'config.json', config_lib.to_json(config))

@@ -7,6 +7,7 @@ from pathlib import Path
 from tensorboardX import SummaryWriter
 
 from metajax.errors import UserError, first_line
+from metajax.files import write_atomically
 
 
 class Writer:
@@ -19,9 +20,7 @@ class Writer:
   def __init__(self, workdir, step):
     self._path = Path(workdir) / 'metrics.jsonl'
     kept = [record for record in read(workdir) if record['step'] <= step]
-    temporary = self._path.with_suffix('.tmp')
-    temporary.write_text(''.join(_line(record) for record in kept))
-    temporary.replace(self._path)
+    write_atomically(self._path, ''.join(_line(record) for record in kept))
     self._file = self._path.open('a')
     self._events = SummaryWriter(str(workdir), purge_step=step + 1)
 
@@ -50,8 +49,8 @@ class Writer:
 def read(workdir):
   """The records of `metrics.jsonl`; a last line cut off in the middle is left out."""
   path = Path(workdir) / 'metrics.jsonl'
-  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
   try:
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith('\n')]
   except ValueError as error:
     raise UserError(f'{path} is damaged ({first_line(error)}): mend or remove it') from None

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +29,14 @@ def omniglot_dir():
   if not (folder / 'images_background.zip').exists():
     pytest.skip(f'no Omniglot archives in {folder}; METAJAX_TEST_OMNIGLOT names another folder')
   return folder
+
+
+@pytest.fixture(scope='module')
+def quick_compilation():
+  """Leaves out most of XLA's optimisations, for tests in which compiling takes most of the time."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def start(*arguments, **environment):

@@ -88,6 +88,39 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caps
   checkpoints.close()
 
 
+@pytest.mark.parametrize('damage', [truncate, lambda path: path.write_text(''), lambda path: path.unlink()])
+def test_a_checkpoint_with_a_damaged_score_is_named_and_moved_aside(tmp_path, capsys, damage):
+  checkpoints = Checkpoints(tmp_path)
+  for step, score in ((1, 0.5), (2, 0.7), (3, 0.6)):
+    checkpoints.save(state_at(step), score)
+  checkpoints.close()
+  damage(tmp_path / 'checkpoints' / '2' / 'metrics' / 'metrics')
+  checkpoints = Checkpoints(tmp_path)
+  assert f'checkpoint {tmp_path}/checkpoints/2 cannot be read' in capsys.readouterr().out
+  assert checkpoints.best_steps() == [3, 1] and (tmp_path / 'damaged_checkpoints' / '2').is_dir()
+  checkpoints.close()
+
+
+def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  for step, score in enumerate([-1.0, np.nan, -0.5, np.nan, -3.0], start=1):
+    checkpoints.save(state_at(step), score)
+  assert checkpoints.best_steps() == [3, 1, 5, 4, 2]
+  checkpoints.close()
+
+
+def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
+  checkpoints = Checkpoints(tmp_path)
+
+  def fail(*args, **kwargs):
+    raise ValueError('RESOURCE_EXHAUSTED: Error writing "x": No space left on device')
+
+  monkeypatch.setattr(checkpoints._manager, 'save', fail)
+  with pytest.raises(UserError, match='no room for a checkpoint'):
+    checkpoints.save(state_at(1))
+  checkpoints.close()
+
+
 def test_nothing_is_lost_when_no_checkpoint_can_be_read(tmp_path):
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(state_at(1))

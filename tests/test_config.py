@@ -81,6 +81,21 @@ def test_override_of_a_name_takes_the_settings_that_the_new_one_knows():
   assert config.model.to_dict() == {'name': 'mlp', 'hidden': (40, 40)}
 
 
+def test_override_of_a_name_takes_its_own_defaults():
+  config = config_lib.override(config_lib.load(TINY), ['--config.algorithm.name=anil'])
+  assert config.algorithm.inner_params == ('head',) and config.algorithm.inner_lr == 0.1
+
+
+def test_values_of_a_file_have_the_type_of_their_default():
+  settings = config_lib.load(TINY).to_dict()
+  settings['algorithm'] = {'name': 'maml', 'inner_lr': 1}
+  config = config_lib.override(config_lib.complete(settings), ['--config.algorithm.inner_lr=0.5', '--config.chunk=4'])
+  assert config.algorithm.inner_lr == 0.5 and config.chunk == '4'
+  settings['algorithm'] = {'name': 'maml', 'inner_steps': '1'}
+  with pytest.raises(UserError, match=r"config.algorithm.inner_steps = '1': int is needed"):
+    config_lib.complete(settings)
+
+
 @pytest.mark.parametrize(
   'argument, message',
   [
@@ -89,6 +104,7 @@ def test_override_of_a_name_takes_the_settings_that_the_new_one_knows():
     ('--config.seed=abc', 'seed'),
     ('--config.algorithm.name=nothing', "there is no 'nothing'"),
     ('--config.algorithm=maml', 'config.algorithm'),
+    ('--config.model.name=../x', 'not the name of a module'),
     ('--config.seed', 'seed'),
   ],
 )
@@ -122,6 +138,9 @@ def test_load_errors(tmp_path):
     ('empty.py', '', 'no function get_config'),
     ('plain.py', 'def get_config():\n  return {}\n', 'total_steps'),
     ('config.txt', '', 'not a Python file'),
+    ('syntax.py', 'def get_config(:', 'cannot be read: invalid syntax'),
+    ('missing.py', 'import no_such_module', "No module named 'no_such_module'"),
+    ('list.py', 'def get_config():\n  return [1]\n', 'a ConfigDict is needed'),
   ]:
     if text is not None:
       (tmp_path / name).write_text(text)

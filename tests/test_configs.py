@@ -13,8 +13,15 @@ from metajax.data import mini_imagenet, table
 from metajax.data import omniglot as omniglot_data
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 FILES = sorted(path.name for path in (ROOT / 'configs').glob('*.py'))
-SMALL = ['--config.total_steps=2', '--config.data.tasks=2', '--config.eval.episodes=2', '--config.eval.val_episodes=2']
+SMALL = [
+  '--config.total_steps=2',
+  '--config.data.tasks=2',
+  '--config.eval.episodes=2',
+  '--config.eval.val_episodes=2',
+  '--config.eval.inner_steps=2',
+]
 
 
 def glyphs(folder):

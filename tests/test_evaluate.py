@@ -37,8 +37,8 @@ def learner():
 
 
 def run(algorithm, source, num, *, params=None, objective=losses.CLASSIFICATION, **settings):
-  evaluate_fn = evaluate.make(algorithm, objective, source, **{'seed': 0, **settings})
-  return evaluate_fn(*parallel.replicate((params, {})), parallel.replicate(source.resident), num)
+  evaluate_fn = evaluate.make(algorithm, objective, source, episodes=num, **{'seed': 0, **settings})
+  return evaluate_fn(*parallel.replicate((params, {})), parallel.replicate(source.resident))
 
 
 def test_summary_is_the_mean_and_the_normal_interval():

@@ -141,6 +141,13 @@ def test_errors_of_the_command_line(finished, cache, tmp_path, capsys, monkeypat
   damaged = tmp_path / 'damaged'
   damaged.mkdir()
   (damaged / 'config.json').write_text('{')
+  orphans = tmp_path / 'orphans'
+  (orphans / 'checkpoints' / '5').mkdir(parents=True)
+  only_train = tmp_path / 'images'
+  for k in range(3):
+    (only_train / 'train' / str(k)).mkdir(parents=True)
+    for i in range(4):
+      Image.new('L', (8, 8), 9 * i).save(only_train / 'train' / str(k) / f'{i}.png')
   for arguments, message in [
     ((), '--config=FILE is missing'),
     (('--config=none.py',), 'there is no file none.py'),
@@ -165,6 +172,20 @@ def test_errors_of_the_command_line(finished, cache, tmp_path, capsys, monkeypat
     ((tiny, f'--workdir={workdir}', '--config.seed=1', '--config.model.width=5'), 'model.width, seed differ'),
     ((tiny, f'--workdir={workdir}', '--mode=eval', '--config.algorithm.inner_lr=2'), 'algorithm.inner_lr differs'),
     ((tiny, f'--workdir={workdir}', '--mode=eval', '--config.eval.way=4'), 'trained with 3 outputs'),
+    ((tiny, f'--workdir={workdir}', '--mode=eval', '--config.eval.inner_lr=1e30'), 'the test diverged'),
+    ((f'{tiny}:shot=2', f'--workdir={workdir}', '--mode=eval', '--config.eval.shot=3'), 'config.eval.shot decides'),
+    ((tiny, f'--workdir={workdir}', '--mode=eval', '--config.total_steps=7'), 'total_steps differs'),
+    ((tiny, f'--workdir={workdir}', '--config.total_steps=3'), 'is at step 6 already'),
+    ((tiny, f'--workdir={orphans}'), 'no config.json to tell whose'),
+    ((tiny, '--config.data.tasks=0'), 'config.data.tasks = 0'),
+    ((tiny, '--config.seed=-1'), 'config.seed = -1'),
+    ((tiny, '--config.log_every=-5'), 'config.log_every = -5'),
+    ((tiny, '--config.model.width=0'), 'width = 0'),
+    ((tiny, '--config.algorithm.inner_steps=-1'), 'inner_steps = -1'),
+    ((tiny, '--config.algorithm.name=reptile', '--config.algorithm.inner_batch=0'), 'inner_batch = 0'),
+    ((tiny, '--config.optimizer.clip=-1'), 'clip = -1'),
+    ((tiny, '--config.model.downsample=pool', '--config.data.size=8'), 'too small to be pooled'),
+    ((tiny, '--workdir=none', '--config.data.name=folder', f'--config.data.path={only_train}'), 'no test split'),
     ((tiny, '--workdir=other', '--config.data.name=folder', '--config.data.path=none'), 'none'),
   ]:
     assert run(*arguments) == 2, arguments

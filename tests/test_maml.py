@@ -18,14 +18,6 @@ pytestmark = pytest.mark.usefixtures('quick_compilation')
 WAY = 3
 
 
-@pytest.fixture(scope='module')
-def quick_compilation():
-  """Leaves out most of XLA's optimisations: compiling takes most of the time here."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def draw_episode(seed, shape, *, way=WAY, shot=2, query_shot=3):
   """Random inputs and balanced labels, in float64 where that is enabled."""
   rng = np.random.default_rng(seed)

@@ -89,17 +89,11 @@ def evaluation(chunk):
   _, experiment = build(chunk, batch_norm='support')
   state = parallel.replicate(train.init_state(experiment, seed=0))
   source = experiment.sources['test']
-  evaluate_fn = evaluate.make(experiment.evaluation, experiment.objective, source, seed=0, chunk=chunk)
-  results = evaluate_fn(state.params, state.model_state, experiment.resident, EVALUATED)
+  evaluate_fn = evaluate.make(
+    experiment.evaluation, experiment.objective, source, episodes=EVALUATED, seed=0, chunk=chunk
+  )
+  results = evaluate_fn(state.params, state.model_state, experiment.resident)
   return {name: np.asarray(values, np.float64).tolist() for name, values in results.items()}
-
-
-@pytest.fixture(scope='module')
-def quick_compilation():
-  """Leaves out most of XLA's optimisations: compiling takes most of the time here."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture(scope='module')

@@ -53,6 +53,8 @@ def make(
   """
   if batch_norm not in BATCH_NORM_MODES:
     raise UserError(f'batch_norm is one of {", ".join(BATCH_NORM_MODES)}, not {batch_norm!r}')
+  if inner_steps < 0:
+    raise UserError(f'inner_steps = {inner_steps}: it cannot be negative')
   rates = jnp.full((inner_steps,), inner_lr, jnp.float32)
 
   def init(rng, inputs):

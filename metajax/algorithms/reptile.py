@@ -35,6 +35,8 @@ def make(
   """
   if batch_norm == 'running':
     raise UserError("reptile has batch_norm 'transductive' or 'support': no outer loss keeps a running average")
+  if inner_steps < 1 or inner_batch < 1:
+    raise UserError(f'inner_steps = {inner_steps}, inner_batch = {inner_batch}: at least 1 is needed')
   # Its inner loop of no steps leaves the choice of normalising statistics, and `predict`.
   base = maml.make(model, objective=objective, inner_steps=0, batch_norm=batch_norm)
   inner = optax.adam(inner_lr, b1=0.0)

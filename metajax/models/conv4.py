@@ -22,6 +22,8 @@ class Conv4(nn.Module):
   def __call__(self, x):
     """Maps images (n, h, w, c) to logits (n, num_outputs)."""
     pool = self.downsample == 'pool'
+    if pool and min(x.shape[1:3]) < 16:
+      raise UserError(f'images of {x.shape[1]} x {x.shape[2]} pixels are too small to be pooled four times')
     for i in range(4):
       kernel = self.param(f'conv{i}', nn.initializers.glorot_uniform(), (3, 3, x.shape[-1], self.width))
       x = layers.conv3x3(x, kernel, stride=1 if pool else 2)
@@ -34,4 +36,6 @@ def make(num_outputs, *, width=64, downsample='pool'):
   """Conv4 of `width` filters; `downsample` is 'pool' (2x2 max pooling, flattened) or 'stride' (2, averaged)."""
   if downsample not in ('pool', 'stride'):
     raise UserError(f"downsample is 'pool' or 'stride', not {downsample!r}")
+  if width < 1:
+    raise UserError(f'width = {width}: at least 1 is needed')
   return Conv4(num_outputs, width, downsample)
