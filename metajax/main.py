@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 from absl import flags
+from absl import logging as absl_logging
 
 from metajax import config as config_lib
 from metajax import train, workdir
@@ -29,6 +30,7 @@ def main(argv=None):
   """Runs a command line; returns the exit status: 2 with one line on stderr for what a user can mend."""
   logging.basicConfig(format='%(message)s')
   logging.getLogger('metajax').setLevel(logging.INFO)
+  absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs the tracebacks of errors that it raises as well
   # A program that was compiled once is read from disk when a run is started again.
   jax.config.update('jax_compilation_cache_dir', str(table.cache_dir() / 'xla'))
   try:
