@@ -56,14 +56,15 @@ def differences(a, b):
 
 
 def check(arguments, folder, kills, seed=0):
-  """Runs undisturbed, then with kills; returns a line about each finished run, raises if one differs."""
+  """Runs undisturbed, then with kills; yields a line about each finished run, raises if one differs."""
   rng, folder = random.Random(seed), Path(folder)
   run(arguments, folder / 'warm-up')  # compiles: from here on all runs take alike
   start = time.monotonic()
   run(arguments, folder / 'undisturbed')
   seconds = time.monotonic() - start
   expected = outcome(folder / 'undisturbed')
-  lines, killed, attempt = [f'undisturbed: {seconds:.1f} s, checkpoints {expected["steps"]}'], 0, 0
+  yield f'undisturbed: {seconds:.1f} s, checkpoints {expected["steps"]}'
+  killed = attempt = 0
   while killed < kills:
     workdir, moments = folder / f'killed-{attempt}', []
     attempt += 1
@@ -77,8 +78,7 @@ def check(arguments, folder, kills, seed=0):
       run(arguments, workdir)
     if found := differences(expected, outcome(workdir)):
       raise AssertionError(f'{workdir}: killed after {moments} s, and these differ: {found}')
-    lines.append(f'{workdir.name}: killed after {moments} s, then the same end, bit for bit')
-  return lines
+    yield f'{workdir.name}: killed after {moments} s, then the same end, bit for bit'
 
 
 def main():
@@ -88,7 +88,8 @@ def main():
   parser.add_argument('arguments', nargs='+')
   options = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
-    print('\n'.join(check(options.arguments, folder, options.kills, options.seed)))
+    for line in check(options.arguments, folder, options.kills, options.seed):
+      print(line, flush=True)
 
 
 if __name__ == '__main__':
