@@ -28,7 +28,7 @@ from metajax.errors import UserError, first_line
 
 def main(argv=None):
   """Runs a command line; returns the exit status: 2 with one line on stderr for what a user can mend."""
-  logging.basicConfig(format='%(message)s', force=True)
+  logging.basicConfig(format='%(message)s', stream=sys.stdout, force=True)
   logging.getLogger('metajax').setLevel(logging.INFO)
   absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs the tracebacks of errors that it raises as well
   # A program that was compiled once is read from disk when a run is started again.

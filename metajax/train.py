@@ -128,20 +128,8 @@ def make_experiment(config, data_dir, needed=('train', 'test')):
     if split not in splits:
       hint = ', or use --mode=train' if split == 'test' else ''
       raise UserError(f'config.data: {config.data.name} has no {split} split: add one{hint}')
-  sources = {}
-  for split, data in splits.items():
-    settings = config.data.to_dict()
-    if split != 'train':
-      settings.update({k: v for k, v in config.eval.to_dict().items() if k in settings and v is not None})
-    sources[split] = episodes.make_source(
-      data,
-      split,
-      way=settings['way'],
-      shot=settings['shot'],
-      query_shot=settings['query_shot'],
-      seed=config.seed if split == 'train' else config.eval.seed,
-      placement=settings['placement'],
-    )
+
+  sources = make_sources(config, splits)
   shapes = jax.eval_shape(sources['train'].decode, sources['train'].resident, sources['train'].sample(0, 1))
   targets = shapes.query.targets
   regression = jnp.issubdtype(targets.dtype, jnp.floating)
@@ -150,10 +138,10 @@ def make_experiment(config, data_dir, needed=('train', 'test')):
   if not regression and (config.eval.way or 0) > outputs:
     raise UserError(f'config.eval.way = {config.eval.way}, but the network was trained with {outputs} outputs')
   model = config_lib.build(config, 'model', outputs)
-  for name in ('inner_steps', 'inner_lr'):
-    if config.eval[name] is not None and name not in config.algorithm:
+  for_evaluation = {k: config.eval[k] for k in ('inner_steps', 'inner_lr') if config.eval[k] is not None}
+  for name in for_evaluation:
+    if name not in config.algorithm:
       raise UserError(f'config.eval.{name}: {config.algorithm.name} has no such setting')
-  overrides = {k: config.eval[k] for k in ('inner_steps', 'inner_lr') if config.eval[k] is not None}
   return Experiment(
     splits=splits,
     sources=sources,
@@ -162,9 +150,23 @@ def make_experiment(config, data_dir, needed=('train', 'test')):
     algorithm=config_lib.build(config, 'algorithm', model, objective=objective),
     weighting=config_lib.build(config, 'weighting'),
     tx=config_lib.call(optimizers.make, config, 'optimizer', config.total_steps),
-    evaluation=config_lib.build(config, 'algorithm', model, objective=objective, **overrides),
+    evaluation=config_lib.build(config, 'algorithm', model, objective=objective, **for_evaluation),
     example=jnp.zeros(shapes.support.inputs.shape[1:]),
   )
+
+
+def make_sources(config, splits):
+  """Episodes of every split; those of validation and test are of evaluation's way and shot, and have its seed."""
+  sources = {}
+  for split, data in splits.items():
+    training = split == 'train'
+    sizes = {k: config.data[k] for k in ('way', 'shot', 'query_shot')}
+    if not training:
+      sizes.update({k: config.eval[k] for k in sizes if config.eval[k] is not None})
+    sources[split] = episodes.make_source(
+      data, split, **sizes, seed=config.seed if training else config.eval.seed, placement=config.data.placement
+    )
+  return sources
 
 
 def run(config, workdir, *, data_dir, mode='train_and_eval'):
