@@ -48,7 +48,12 @@ _EVAL = dict(
   shot=int,
   query_shot=int,
 )
-_PACKAGES = {'data': 'load', 'model': 'make', 'algorithm': 'make', 'weighting': 'make'}
+_PACKAGES = {  # where a group's `name` is looked for, and what builds it there
+  'data': ('metajax.data', 'load'),
+  'model': ('metajax.models', 'make'),
+  'algorithm': ('metajax.algorithms', 'make'),
+  'weighting': ('metajax.weighting', 'make'),
+}
 _SUPPLIED = ('objective',)  # keyword arguments that are no settings: training supplies them
 _GROUPS = (*_PACKAGES, 'optimizer', 'eval')
 
@@ -246,7 +251,7 @@ def _keywords(function):
 
 
 def _function(group, name):
-  package = f'metajax.{_PLURAL[group]}'
+  package, entry = _PACKAGES[group]
   if not re.fullmatch(r'\w+(\.\w+)*', name):
     raise UserError(f'config.{group}.name: {name!r} is not the name of a module')
   path = name if '.' in name else f'{package}.{name}'
@@ -257,20 +262,17 @@ def _function(group, name):
       raise
     raise UserError(f'config.{group}.name: there is no {name!r}{_known(name, _names(group))}') from None
   if not _is_entry(group, module):
-    raise UserError(f'config.{group}.name: {path} has no {_PACKAGES[group]}()')
-  return getattr(module, _PACKAGES[group])
-
-
-_PLURAL = {'data': 'data', 'model': 'models', 'algorithm': 'algorithms', 'weighting': 'weighting'}
+    raise UserError(f'config.{group}.name: {path} has no {entry}()')
+  return getattr(module, entry)
 
 
 def _is_entry(group, module):
-  function = getattr(module, _PACKAGES[group], None)
+  function = getattr(module, _PACKAGES[group][1], None)
   return function is not None and (group != 'data' or 'data_dir' in inspect.signature(function).parameters)
 
 
 def _names(group):
-  package = importlib.import_module(f'metajax.{_PLURAL[group]}')
+  package = importlib.import_module(_PACKAGES[group][0])
   modules = [name for _, name, _ in pkgutil.iter_modules(package.__path__)]
   return [name for name in modules if _is_entry(group, importlib.import_module(f'{package.__name__}.{name}'))]
 

@@ -89,7 +89,7 @@ def draw(experiment, state, result, folder):
     values, ci95 = np.array(steps[quantity]), np.array(steps[f'{quantity}_ci95'])
     figures.inner_steps(folder / 'inner_steps.png', values, ci95, quantity=quantity, way=result.get('way'))
   if quantity == 'accuracy':
-    episode, outputs = _predictions(experiment, state, experiment.sources['test'], 0)
+    episode, outputs = _predictor(experiment, state, experiment.sources['test'])(0)
     predictions = outputs[-1][:, : result['way']].argmax(axis=-1)
     figures.episode_grid(folder / 'episode.png', episode.support, episode.query, predictions, way=result['way'])
   else:
@@ -99,9 +99,10 @@ def draw(experiment, state, result, folder):
 def _curves(experiment, state, shot, tasks=4, points=200):
   """Support points, the true function and the adapted ones on a few test tasks, for `figures.regression_curves`."""
   dense = episodes.make_source(experiment.splits['test'], 'test', way=None, shot=shot, query_shot=points, seed=0)
+  predict = _predictor(experiment, state, dense)
   curves = []
   for number in range(tasks):
-    episode, outputs = _predictions(experiment, state, dense, number)
+    episode, outputs = predict(number)
     order = np.argsort(episode.query.inputs[:, 0])
     curves.append(
       {
@@ -117,8 +118,11 @@ def _curves(experiment, state, shot, tasks=4, points=200):
   return curves
 
 
-def _predictions(experiment, state, source, number):
-  """An episode as NumPy arrays, and the query outputs (steps + 1, n, ...) along the inner loop, or (1, n, ...)."""
+def _predictor(experiment, state, source):
+  """A function of an episode's number, compiled once, that returns NumPy arrays.
+
+  They are the episode, and the query outputs (steps + 1, n, ...) along the inner loop, (1, n, ...) without one.
+  """
   algorithm = experiment.evaluation
 
   @jax.jit
@@ -133,5 +137,8 @@ def _predictions(experiment, state, source, number):
       return episode, outputs(algorithm.adapt(params, model_state, episode.support, rng))[None]
     return episode, jax.vmap(outputs)(algorithm.trajectory(params, model_state, episode.support, rng))
 
-  resident = experiment.resident
-  return jax.device_get(predict(state.params, state.model_state, resident, source.sample(number, 1)))
+  def predict_number(number):
+    batch = source.sample(number, 1)
+    return jax.device_get(predict(state.params, state.model_state, experiment.resident, batch))
+
+  return predict_number
