@@ -28,6 +28,7 @@ def make(algorithm, objective, source, *, episodes, seed, chunk='auto', trajecto
   key = parallel.replicate(jax.random.key(seed))
   size = min(_BATCH, episodes)
   chunk = parallel.chunk_size(chunk, size, elements(source))
+  first, count = parallel.own_tasks(size, chunk)
 
   def metrics(params, model_state, episode, rng):
     def of_adapted(adapted):
@@ -59,7 +60,7 @@ def make(algorithm, objective, source, *, episodes, seed, chunk='auto', trajecto
   def evaluate(params, model_state, resident):
     results = []
     for start in range(0, episodes, size):
-      local = parallel.lay_out(source.sample(start, size), size, chunk)
+      local = parallel.lay_out(source.sample(start + first, count), size, chunk)
       results.append(step((params, model_state), (resident, key, jnp.int32(start)), local))
     results = jax.device_get(results)
     return {name: np.concatenate([r[name] for r in results])[:episodes] for name in results[0]}

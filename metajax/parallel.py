@@ -3,6 +3,9 @@
 A meta-batch is laid out as (devices, chunks, tasks of a chunk): `pmap` takes the first axis, `scan` the second, `vmap`
 the third. Where the tasks do not divide evenly, copies of weight zero fill up, so that any number of tasks gives the
 same update on any number of devices. State is replicated and has no device axis: a checkpoint fits every machine.
+
+Devices are those of all processes of the run, each process's in a row. Each process makes the tasks of its own devices
+alone; arrays here are always those of its own devices, and only inside a step do all of them meet.
 """
 
 import functools
@@ -30,7 +33,7 @@ def chunk_size(chunk, tasks, elements):
   Raises:
     UserError: `chunk` is something else.
   """
-  local = math.ceil(tasks / jax.local_device_count())
+  local = math.ceil(tasks / jax.device_count())
   if chunk == 'auto':
     chunk = max(1, _CPU_CHUNK_ELEMENTS // elements) if jax.default_backend() == 'cpu' else local
   elif not str(chunk).isdecimal() or int(chunk) < 1:
@@ -38,27 +41,33 @@ def chunk_size(chunk, tasks, elements):
   return math.ceil(local / math.ceil(local / min(int(chunk), local)))  # the most even chunks of at most this size
 
 
+def own_tasks(tasks, chunk):
+  """Which tasks of a meta-batch this process makes: (first, count); a process that is left without makes the last."""
+  positions = _positions(tasks, chunk)
+  first = min(int(positions.flat[0]), tasks - 1)
+  return first, min(positions.size, tasks - first)
+
+
 def lay_out(batch, tasks, chunk):
-  """Puts a host batch (tasks, ...) on the devices, as (devices, chunks, chunk, ...).
+  """Puts a host batch on this process's devices, as (devices, chunks, chunk, ...).
+
+  Args:
+    batch: its own tasks, a leading axis of the count that `own_tasks` names.
+    tasks: in the whole meta-batch.
+    chunk: tasks that one `vmap` takes.
 
   Returns:
     positions: (devices, chunks, chunk) int32, a task's place in the meta-batch; from `tasks` on they are filling.
     batch: in that layout, filled up with copies of the first task.
   """
-  devices = jax.local_device_count()
-  chunks = math.ceil(tasks / (devices * chunk))
-  positions = np.arange(devices * chunks * chunk, dtype=np.int32)
-  rows = np.where(positions < tasks, positions, 0)
-
-  def shape(x):
-    return x.reshape(devices, chunks, chunk, *x.shape[1:])
-
-  laid_out = shape(positions), jax.tree.map(lambda x: shape(x[rows]), batch)
+  positions = _positions(tasks, chunk)
+  rows = np.where(positions < tasks, positions - positions.flat[0], 0)
+  laid_out = positions, jax.tree.map(lambda x: x[rows], batch)
   return jax.device_put(laid_out, NamedSharding(_mesh(), PartitionSpec(_AXIS)))
 
 
 def replicate(tree):
-  """Puts a pytree on every device."""
+  """Puts a pytree, the same on all processes, on every device."""
   return jax.device_put(tree, NamedSharding(_mesh(), PartitionSpec()))
 
 
@@ -67,6 +76,7 @@ def over_devices(step, *, donate=False):
 
   `state` and `constants` are replicated, `local` is what `lay_out` returns; `donate` gives the memory of `state` to
   the results. Inside, `mean_over_tasks` and `gather_tasks` meet the other devices. `constants` must hold an array.
+  All processes must call what is compiled here in the same order.
   """
   donated = (0,) if donate else ()
   return jax.pmap(step, axis_name=_AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=donated)
@@ -106,6 +116,24 @@ def gather_tasks(tree, tasks):
     return x.reshape(math.prod(x.shape[:3]), *x.shape[3:])[:tasks]
 
   return jax.tree.map(gather, tree)
+
+
+def anywhere(flag):
+  """Whether `flag` is true on any process: a scalar to be looked at later, when the devices have come to it."""
+  if jax.process_count() == 1:
+    return flag
+  return _any_device(np.full(jax.local_device_count(), flag))
+
+
+_any_device = jax.pmap(lambda flag: jax.lax.pmax(flag, _AXIS), axis_name=_AXIS, out_axes=None)
+
+
+def _positions(tasks, chunk):
+  """Places in the meta-batch on this process's devices, (devices, chunks, chunk) int32."""
+  devices = jax.local_device_count()
+  chunks = math.ceil(tasks / (jax.device_count() * chunk))
+  first = jax.process_index() * devices * chunks * chunk
+  return np.arange(first, first + devices * chunks * chunk, dtype=np.int32).reshape(devices, chunks, chunk)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from metajax import config as config_lib
-from metajax import evaluate, losses, optimizers, parallel, report
+from metajax import evaluate, losses, optimizers, parallel, processes, report
 from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
 from metajax.data import episodes, pipeline
@@ -123,7 +123,7 @@ def make_experiment(config, data_dir, needed=('train', 'test')):
     value, least = config_lib.get(config, name), int(name in _COUNTS)
     if not isinstance(value, int) or value < least:
       raise UserError(f'config.{name} = {value!r}: a whole number from {least} on is needed')
-  splits = config_lib.build(config, 'data', str(data_dir))
+  splits = processes.first_then_others(lambda: config_lib.build(config, 'data', str(data_dir)))
   for split in needed:
     if split not in splits:
       hint = ', or use --mode=train' if split == 'test' else ''
@@ -172,6 +172,8 @@ def make_sources(config, splits):
 def run(config, workdir, *, data_dir, mode='train_and_eval'):
   """Trains and evaluates; goes on where the workdir's last run stopped.
 
+  Of several processes each calls this; the workdir is that of process 0 alone.
+
   Args:
     config: complete, see `config.complete`.
     workdir: folder of the run.
@@ -181,15 +183,18 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
   Raises:
     UserError: see the message.
   """
-  with workdir_lib.locked(workdir):
-    config = workdir_lib.settle_config(workdir, config, mode)
+  with processes.on_first(workdir_lib.locked, workdir):
+    settled = processes.from_first(lambda: config_lib.to_json(workdir_lib.settle_config(workdir, config, mode)))
+    config = config_lib.from_json(settled)
     experiment = make_experiment(config, data_dir, ('train',) if mode == 'train' else ('train', 'test'))
-    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+    with contextlib.closing(processes.on_first(Checkpoints, workdir)) as checkpoints:
       if mode != 'eval':
         with _stop_on_sigterm() as stop:
           train(config, experiment, workdir, checkpoints, stop)
-        report.draw_training(workdir)
-        if stop.is_set():
+          stopped = parallel.anywhere(stop.is_set())
+        if processes.is_first():
+          report.draw_training(workdir)
+        if stopped:
           return
       if mode != 'train':
         report.test(config, experiment, load_best(checkpoints, experiment, config), workdir)
@@ -198,13 +203,18 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
 def train(config, experiment, workdir, checkpoints, stop):
   """The loop: from the last checkpoint, or from nothing, to `config.total_steps`."""
   state = init_state(experiment, config.seed)
-  steps = checkpoints.steps()
+  steps = processes.from_first(checkpoints.steps)
   if steps and steps[0] > config.total_steps:
     raise UserError(f'{workdir} is at step {steps[0]} already, beyond config.total_steps = {config.total_steps}')
-  workdir_lib.keep_config(workdir, config)
-  if steps:
-    state, damaged = checkpoints.restore_first_sound(steps, state)
+  processes.on_first(workdir_lib.keep_config, workdir, config)
+
+  def restore():
+    restored, damaged = checkpoints.restore_first_sound(steps, state)
     checkpoints.set_aside(damaged)
+    return restored
+
+  if steps:
+    state = processes.arrays_from_first(restore, state)
   state = parallel.replicate(state)
   done, total, tasks = int(state.step), config.total_steps, config.data.tasks
   if done >= total:
@@ -213,16 +223,17 @@ def train(config, experiment, workdir, checkpoints, stop):
 
   source = experiment.sources['train']
   chunk = parallel.chunk_size(config.chunk, tasks, evaluate.elements(source))
+  first, count = parallel.own_tasks(tasks, chunk)
 
   def make_batch(step):
-    return parallel.lay_out(source.sample((step - 1) * tasks, tasks), tasks, chunk)
+    return parallel.lay_out(source.sample((step - 1) * tasks + first, count), tasks, chunk)
 
   step_fn = parallel.over_devices(functools.partial(train_step, experiment=experiment, tasks=tasks), donate=True)
   constants = experiment.resident, parallel.replicate(jax.random.key(config.seed))
   validate = validation(config, experiment)
   with (
-    contextlib.closing(Progress(total, done, tasks)) as progress,
-    contextlib.closing(Writer(workdir, done)) as writer,
+    contextlib.closing(processes.on_first(Progress, total, done, tasks)) as progress,
+    contextlib.closing(processes.on_first(Writer, workdir, done)) as writer,
     contextlib.closing(pipeline.prefetch(make_batch, range(done + 1, total + 1))) as batches,
   ):
     progress.say(f'training {workdir} from step {done}: {describe(state)}')
@@ -232,9 +243,9 @@ def train(config, experiment, workdir, checkpoints, stop):
     for step, local in batches:
       try:
         state, metrics = step_fn(state, constants, local)
-        in_flight.add(step, metrics)
+        in_flight.add(step, metrics, parallel.anywhere(stop.is_set()))
         evaluating = due(step, config.eval_every) or step == total
-        if not (evaluating or due(step, config.checkpoint_every) or stop.is_set()):
+        if not (evaluating or due(step, config.checkpoint_every) or in_flight.stop):
           continue
         in_flight.settle()
       except FloatingPointError as error:
@@ -251,7 +262,7 @@ def train(config, experiment, workdir, checkpoints, stop):
       writer.sync()  # metrics first: a checkpoint without its metrics could not be resumed exactly
       checkpoints.save(state, score)
       progress.pause(time.perf_counter() - start)
-      if stop.is_set():
+      if in_flight.stop:
         progress.say(f'stopped at step {step}, checkpoint saved: run the same command again to go on')
         return
 
@@ -264,10 +275,11 @@ class InFlight:
   def __init__(self, progress, writer, log_every):
     self._progress, self._writer, self._log_every = progress, writer, log_every
     self._steps = collections.deque()
+    self.stop = False  # whether a step that is settled was told to be among the last, the same on all processes
 
-  def add(self, step, metrics):
-    self._steps.append((step, metrics))
-    self.settle(keep=self._AHEAD)
+  def add(self, step, metrics, stop):
+    self._steps.append((step, metrics, stop))
+    self.settle(keep=0 if stop is True else self._AHEAD)  # only a process on its own knows at once
 
   def settle(self, keep=0):
     """Waits for all but the last `keep` steps, shows and writes their metrics.
@@ -276,8 +288,9 @@ class InFlight:
       FloatingPointError: one's loss or gradient is not finite; its text is the step.
     """
     while len(self._steps) > keep:
-      step, metrics = self._steps.popleft()
-      metrics = jax.device_get(metrics)
+      step, metrics, stop = self._steps.popleft()
+      metrics, stop = jax.device_get((metrics, stop))
+      self.stop = self.stop or bool(stop)
       if not np.isfinite(metrics['loss'] + metrics['grad_norm']):
         raise FloatingPointError(step)
       self._progress.update(step, metrics)
@@ -303,11 +316,14 @@ def validation(config, experiment):
 
 def load_best(checkpoints, experiment, config):
   """The state of the best checkpoint by validation; the latest, where nothing was validated."""
-  if not (steps := checkpoints.best_steps()):
-    raise UserError(f'{checkpoints.directory} holds no checkpoint yet: train first')
   like = jax.eval_shape(functools.partial(init_state, experiment, config.seed))
-  state, _ = checkpoints.restore_first_sound(steps, like)
-  return parallel.replicate(state)
+
+  def restore():
+    if not (steps := checkpoints.best_steps()):
+      raise UserError(f'{checkpoints.directory} holds no checkpoint yet: train first')
+    return checkpoints.restore_first_sound(steps, like)[0]
+
+  return parallel.replicate(processes.arrays_from_first(restore, like))
 
 
 def due(step, every):
@@ -316,19 +332,23 @@ def due(step, every):
 
 
 def describe(state):
-  """'112,005 parameters, 1 cpu device(s)'."""
+  """'112,005 parameters, 1 cpu device(s)', and of how many processes."""
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
-  return f'{parameters:,} parameters, {jax.device_count()} {jax.devices()[0].device_kind} device(s)'
+  of = f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''
+  return f'{parameters:,} parameters, {jax.device_count()} {jax.devices()[0].device_kind} device(s){of}'
 
 
 def _diverged(step, checkpoints):
-  steps = checkpoints.steps()
-  good = f'the last good checkpoint is of step {steps[0]}' if steps else 'there is no checkpoint before it'
-  return UserError(
-    f'training diverged: loss or gradient is not finite at step {step}; {good} in {checkpoints.directory}. '
-    'Try, in a new --workdir, a smaller config.algorithm.inner_lr or config.optimizer.learning_rate, or '
-    'config.optimizer.clip=10'
-  )
+  def message():
+    steps = checkpoints.steps()
+    good = f'the last good checkpoint is of step {steps[0]}' if steps else 'there is no checkpoint before it'
+    return (
+      f'training diverged: loss or gradient is not finite at step {step}; {good} in {checkpoints.directory}. '
+      'Try, in a new --workdir, a smaller config.algorithm.inner_lr or config.optimizer.learning_rate, or '
+      'config.optimizer.clip=10'
+    )
+
+  return UserError(processes.from_first(message))
 
 
 @contextlib.contextmanager

@@ -181,7 +181,7 @@ def test_an_evaluation_on_four_devices_is_the_same(four_devices):
   ],
 )
 def test_chunk_size_is_the_most_even_within_what_is_asked(monkeypatch, devices, tasks, chunk, expected):
-  monkeypatch.setattr(jax, 'local_device_count', lambda: devices)
+  monkeypatch.setattr(jax, 'device_count', lambda: devices)
   assert parallel.chunk_size(chunk, tasks, elements=784) == expected
 
 
@@ -190,7 +190,7 @@ def test_chunk_size_is_the_most_even_within_what_is_asked(monkeypatch, devices, 
 )
 def test_automatic_chunks_fit_a_cpu_s_cache_and_elsewhere_take_all(monkeypatch, backend, elements, expected):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-  monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
   assert parallel.chunk_size('auto', 12, elements) == expected
 
 
