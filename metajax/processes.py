@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from metajax.errors import UserError
 
-LOST = 3  # exit status: another process is gone, the same command resumes the run
+LOST = 3  # exit status: another process is missing or gone; the same command goes on with the run
 _START_SECONDS = 300  # that all processes have to come together
 _BEAT_SECONDS = 1  # between two signs of life
 _SILENT_SECONDS = 20  # without one, after which a process counts as lost
@@ -134,9 +134,8 @@ def start(place):
   else:
     absent = f'nobody answers at --coordinator={place.coordinator}, where process 0 should be'
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # one log, even of libraries: only errors are told
-  # JAX would abort with a stack trace.
   deadline = threading.Timer(
-    _START_SECONDS, _exit, (2, f'metajax: {absent} within {_START_SECONDS} s: start them all anew')
+    _START_SECONDS, _exit, (LOST, f'metajax: {absent} within {_START_SECONDS} s: start all anew')
   )
   deadline.daemon = True
   deadline.start()
@@ -147,7 +146,7 @@ def start(place):
       place.index,
       local_device_ids=place.gpus,
       cluster_detection_method='deactivate',
-      initialization_timeout=2 * _START_SECONDS,
+      initialization_timeout=2 * _START_SECONDS,  # ours comes first: after its own JAX aborts
       heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
       # Whoever reaches the port can join: where all processes are here, nobody else need reach it.
       coordinator_bind_address=place.coordinator if host in ('localhost', '127.0.0.1') else None,
@@ -319,8 +318,7 @@ class _Watch:
           last[index], since[index] = sign, time.monotonic()
         # Process 0, which has the log, is given the time to be the first to say so.
         elif time.monotonic() - since[index] > _SILENT_SECONDS + 2 * _BEAT_SECONDS * (self.place.index > 0):
-          if self._claim(LOST):
-            self._leave(LOST, self._lost(index, sign[0]))
+          self._leave(LOST, self._lost(index, sign[0]) if self._claim(LOST) else None)
 
   def _lost(self, index, host):
     return (
