@@ -42,7 +42,7 @@ def main(argv=None):
   jax.config.update('jax_compilation_cache_dir', str(table.cache_dir() / 'xla'))
   try:
     options, overrides = parse(sys.argv if argv is None else argv)
-    if place := processes.find_place(options.coordinator, options.num_processes, options.process_id, os.environ):
+    if place := processes.find_place(options.coordinator, options.num_processes, options.process_id):
       processes.start(place)
 
     def read_config():

@@ -59,7 +59,7 @@ class Nothing:
     return None
 
 
-def find_place(coordinator, processes, index, environment):
+def find_place(coordinator=None, processes=None, index=None):
   """Reads the place in a run from flags, and what they leave open from a cluster's environment.
 
   Slurm and Open MPI are known. A cluster's step of one task, such as an interactive shell, is one process.
@@ -68,7 +68,6 @@ def find_place(coordinator, processes, index, environment):
     coordinator: 'host:port', or None.
     processes: how many, or None.
     index: of this one, or None.
-    environment: os.environ.
 
   Returns:
     Place, or None for a process on its own.
@@ -77,23 +76,23 @@ def find_place(coordinator, processes, index, environment):
     UserError: the flags are incomplete or do not fit together.
   """
   gpus = None
-  if (size := int(environment.get('OMPI_COMM_WORLD_SIZE', 1))) > 1:  # first: mpirun may itself have come by srun
-    cluster, rank = clusters.OmpiCluster, int(environment['OMPI_COMM_WORLD_RANK'])
-    local_rank, local_size = (int(environment[f'OMPI_COMM_WORLD_LOCAL_{name}']) for name in ('RANK', 'SIZE'))
+  if (size := int(os.environ.get('OMPI_COMM_WORLD_SIZE', 1))) > 1:  # first: mpirun may itself have come by srun
+    cluster, rank = clusters.OmpiCluster, int(os.environ['OMPI_COMM_WORLD_RANK'])
+    local_rank, local_size = (int(os.environ[f'OMPI_COMM_WORLD_LOCAL_{name}']) for name in ('RANK', 'SIZE'))
   # Not SLURM_NTASKS: that is the allocation's, in an interactive shell too.
-  elif (size := int(environment.get('SLURM_STEP_NUM_TASKS', 1))) > 1:
-    cluster, rank = clusters.SlurmCluster, int(environment['SLURM_PROCID'])
-    local_rank, local_size = int(environment['SLURM_LOCALID']), _slurm_tasks_on_node(environment)
+  elif (size := int(os.environ.get('SLURM_STEP_NUM_TASKS', 1))) > 1:
+    cluster, rank = clusters.SlurmCluster, int(os.environ['SLURM_PROCID'])
+    local_rank, local_size = int(os.environ['SLURM_LOCALID']), _slurm_tasks_on_node()
   else:
     cluster = None
   if cluster:
     processes, index = processes or size, rank if index is None else index
     # One GPU for each process, unless the cluster has hidden the others already.
-    if local_size > 1 and ',' in environment.get('CUDA_VISIBLE_DEVICES', ','):
+    if local_size > 1 and ',' in os.environ.get('CUDA_VISIBLE_DEVICES', ','):
       gpus = [local_rank]
     if not coordinator:
       try:
-        coordinator = cluster.get_coordinator_address(None, environment.get('JAX_COORDINATOR_PORT'))
+        coordinator = cluster.get_coordinator_address(None, os.environ.get('JAX_COORDINATOR_PORT'))
       except (KeyError, RuntimeError):
         raise UserError(
           f'command line: {size} processes, but this {cluster.name} does not tell where process 0 is: '
@@ -112,13 +111,13 @@ def find_place(coordinator, processes, index, environment):
   return Place(coordinator, processes, index, gpus)
 
 
-def _slurm_tasks_on_node(environment):
+def _slurm_tasks_on_node():
   """From '2(x3),1' and the node's number."""
   counts = []
-  for part in environment['SLURM_STEP_TASKS_PER_NODE'].split(','):
+  for part in os.environ['SLURM_STEP_TASKS_PER_NODE'].split(','):
     count, times = re.fullmatch(r'(\d+)(?:\(x(\d+)\))?', part).groups()
     counts += [int(count)] * int(times or 1)
-  return counts[int(environment['SLURM_NODEID'])]
+  return counts[int(os.environ['SLURM_NODEID'])]
 
 
 def start(place):
@@ -285,7 +284,7 @@ class _Watch:
       deadline = time.monotonic() + _LEAVE_SECONDS
       while self.place.index == 0 and time.monotonic() < deadline:
         time.sleep(0.2)
-        if all(sign == 'left' for index, (_, sign) in self._look()[0].items() if index):
+        if sum(sign == 'left' for _, sign in self._look()[0].values()) == self.place.processes:
           break
     _exit(status)
 
