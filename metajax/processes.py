@@ -138,6 +138,7 @@ def start(place):
   )
   deadline.daemon = True
   deadline.start()
+  jax.config.update('jax_enable_preemption_service', False)  # it would swallow SIGTERM, outside of training too
   try:
     jax.distributed.initialize(
       place.coordinator,
@@ -153,7 +154,6 @@ def start(place):
   except jax.errors.JaxRuntimeError as error:
     raise UserError(f'--coordinator={place.coordinator}: {str(error).splitlines()[0]}') from None
   _watch = _Watch(place, distributed.global_state.client)
-
   jax.devices()  # all come together for this a last time
   deadline.cancel()
   if jax.device_count() != place.processes * jax.local_device_count():
@@ -240,6 +240,7 @@ class _Watch:
     self._over = False
     if place.index:
       self._explain_abort()
+    self._give_sign('here')
     threading.Thread(target=self._run, name='watch', daemon=True).start()
 
   def send(self, value):
@@ -284,7 +285,7 @@ class _Watch:
       deadline = time.monotonic() + _LEAVE_SECONDS
       while self.place.index == 0 and time.monotonic() < deadline:
         time.sleep(0.2)
-        if sum(sign == 'left' for _, sign in self._look()[0].values()) == self.place.processes:
+        if all(sign == 'left' for index, (_, sign) in self._look()[0].items() if index):
           break
     _exit(status)
 
@@ -330,6 +331,8 @@ class _Watch:
     host, _, port = self.place.coordinator.rpartition(':')
 
     def explain(number):
+      if self._over:
+        return
       try:
         socket.create_connection((host, int(port)), timeout=5).close()
       except OSError:

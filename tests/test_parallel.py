@@ -200,6 +200,24 @@ def test_a_chunk_that_is_no_number_of_tasks_is_refused(chunk):
     parallel.chunk_size(chunk, 6, 784)
 
 
+@pytest.mark.parametrize(('tasks', 'chunk'), [(12, 2), (11, 3), (5, 1), (1, 1)])
+def test_each_process_makes_the_tasks_of_its_own_devices(monkeypatch, tasks, chunk):
+  """Three processes with two devices each; what they lay out is, one after another, the whole meta-batch."""
+  monkeypatch.setattr(jax, 'device_count', lambda: 6)
+  monkeypatch.setattr(jax, 'local_device_count', lambda: 2)
+  monkeypatch.setattr(jax, 'device_put', lambda laid_out, sharding: laid_out)
+  found = []
+  for process in range(3):
+    monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
+    first, count = parallel.own_tasks(tasks, chunk)
+    assert first >= 0 and count >= 1 and first + count <= tasks
+    positions, batch = parallel.lay_out({'task': np.arange(first, first + count)}, tasks, chunk)
+    assert positions.shape == batch['task'].shape == (2, -(-tasks // (6 * chunk)), chunk)
+    found += [(p, t) for p, t in zip(positions.flat, batch['task'].flat, strict=True)]
+  assert [p for p, _ in found] == list(range(len(found)))
+  assert all(t == p for p, t in found if p < tasks)
+
+
 @pytest.mark.parametrize(('tasks', 'chunk'), [(6, 2), (7, 3), (1, 1)])
 def test_mean_over_tasks_leaves_the_filling_out(tasks, chunk):
   values = np.arange(10.0, 10.0 + tasks, dtype=np.float32)
