@@ -24,12 +24,13 @@ from jax._src import clusters, distributed  # there is no public way to the key-
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from metajax import parallel
 from metajax.errors import UserError
 
 LOST = 3  # exit status: another process is missing or gone; the same command goes on with the run
 _START_SECONDS = 300  # that all processes have to come together
 _BEAT_SECONDS = 1  # between two signs of life
-_SILENT_SECONDS = 20  # without one, after which a process counts as lost
+_SILENT_SECONDS = 30  # without one, after which a process counts as lost
 _HEARTBEAT_SECONDS = 45  # the same of JAX's own, which ends in an abort: for when process 0 is the one that is silent
 _LEAVE_SECONDS = 5  # that the others have to leave before process 0 takes the service with it
 _FOR_EVER = 10**9  # milliseconds: the watch ends whoever waits in vain
@@ -129,12 +130,12 @@ def start(place):
   global _watch
   host = place.coordinator.rpartition(':')[0]
   if place.index == 0:
-    absent = f'not all of --num_processes={place.processes} came to --coordinator={place.coordinator}'
+    absent = f'some of --num_processes={place.processes} did not come to --coordinator={place.coordinator}'
   else:
-    absent = f'nobody answers at --coordinator={place.coordinator}, where process 0 should be'
+    absent = f'process 0 does not answer at --coordinator={place.coordinator}'
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # one log, even of libraries: only errors are told
   deadline = threading.Timer(
-    _START_SECONDS, _exit, (LOST, f'metajax: {absent} within {_START_SECONDS} s: start all anew')
+    _START_SECONDS, _exit, (LOST, f'metajax: {absent} for {_START_SECONDS} s: start them all again')
   )
   deadline.daemon = True
   deadline.start()
@@ -159,6 +160,9 @@ def start(place):
   if jax.device_count() != place.processes * jax.local_device_count():
     counts = sorted(len(jax.local_devices(process_index=k)) for k in range(place.processes))
     raise UserError(f'the processes have {counts[0]} to {counts[-1]} devices: each must have as many as the others')
+  # Connects all devices while all processes are here: at a first collective gloo waits for the last for 30 s only, and
+  # the training step, which one may find compiled and another not, would be too late for that.
+  bool(parallel.anywhere(False))
 
 
 def is_first():
@@ -261,7 +265,7 @@ class _Watch:
 
   def fail(self, status, text, by_device):
     if by_device:
-      time.sleep(_SILENT_SECONDS + 4 * _BEAT_SECONDS)
+      time.sleep(_SILENT_SECONDS + 10 * _BEAT_SECONDS)
     elif self.place.index:  # what fails everywhere is for process 0 to say, which has the log
       time.sleep(3 * _BEAT_SECONDS)
     if not self._claim(status):

@@ -172,7 +172,7 @@ def make_sources(config, splits):
 def run(config, workdir, *, data_dir, mode='train_and_eval'):
   """Trains and evaluates; goes on where the workdir's last run stopped.
 
-  Of several processes each calls this; the workdir is that of process 0 alone.
+  Of several processes (see `processes.start`) each calls this; process 0 alone touches the workdir.
 
   Args:
     config: complete, see `config.complete`.

@@ -53,7 +53,7 @@ def pair(cache, *arguments):
   return [start(*arguments, *flags, f'--process_id={k}', **environment(cache)) for k in range(2)]
 
 
-def ends(run, seconds=150):
+def ends(run, seconds=100):
   """(exit status, output, errors) of each process; none of them outlives a test that fails."""
   try:
     return [(process.wait(seconds), *process.communicate()) for process in run]
@@ -188,7 +188,7 @@ def test_sigterm_to_one_process_ends_all_at_one_step(shared_cache, tmp_path):
 def test_a_refusal_by_process_0_ends_both_with_one_line(two, shared_cache):
   run = local_sh(shared_cache, *SETTINGS, f'--workdir={two[0]}', '--config.seed=1')
   [(status, output, errors)] = ends([run], seconds=60)
-  assert (status, output) == (2, '')
+  assert status == 2 and all('Gloo' in line for line in output.splitlines())  # gloo says that it is there
   assert errors.count('\n') == 1 and errors.startswith('metajax: ') and 'seed differs' in errors
 
 
@@ -312,7 +312,9 @@ def test_wrong_flags_end_with_one_line(capsys):
   assert capsys.readouterr().err.count('\n') == 2
 
 
-@pytest.mark.parametrize(('index', 'message'), [(0, 'not all of --num_processes=2 came'), (1, 'nobody answers at')])
+@pytest.mark.parametrize(
+  ('index', 'message'), [(0, 'some of --num_processes=2 did not come'), (1, 'process 0 does not answer at')]
+)
 def test_processes_that_do_not_meet_end_with_one_line(index, message):
   code = f"""
 from metajax import processes
@@ -323,4 +325,4 @@ processes.start(processes.Place('127.0.0.1:9', 2, {index}, None))
     code = code.replace(':9', ':0')
   result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60)
   assert result.returncode == processes.LOST
-  assert message in result.stderr and 'within 1 s' in result.stderr and result.stderr.count('\n') == 1
+  assert message in result.stderr and 'for 1 s' in result.stderr and result.stderr.count('\n') == 1
