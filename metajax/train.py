@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from metajax import config as config_lib
-from metajax import evaluate, losses, optimizers, parallel, report
+from metajax import evaluate, keys, losses, optimizers, parallel
 from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
 from metajax.data import episodes, pipeline
@@ -81,9 +81,11 @@ def train_step(state, constants, local, *, experiment, tasks):
 
     grads, (each, model_state, metrics) = jax.grad(outer_loss, has_aux=True)(state.params)
     average = functools.partial(jnp.tensordot, weights, axes=1, precision='highest')
-    return (grads, *jax.tree.map(average, (model_state, metrics))), each
+    return (grads, jax.tree.map(average, model_state)), (each, metrics)
 
-  (grads, model_state, metrics), task_losses = parallel.mean_over_tasks(meta_gradient, local, tasks)
+  (grads, model_state), (task_losses, metrics) = parallel.mean_over_tasks(
+    meta_gradient, (state.params, state.model_state), local, tasks
+  )
   updates, opt_state = experiment.tx.update(grads, state.opt_state, state.params)
   weights, weight_metrics = weighting.update(state.weighting, task_losses, class_ids, rng_weighting)
   state = TrainState(
@@ -93,6 +95,7 @@ def train_step(state, constants, local, *, experiment, tasks):
     opt_state=opt_state,
     weighting=weights,
   )
+  metrics = jax.tree.map(lambda x: x.mean(axis=0), metrics)
   return state, {'loss': task_losses.mean(), 'grad_norm': optax.tree.norm(grads), **metrics, **weight_metrics}
 
 
@@ -110,7 +113,7 @@ def init_state(experiment, seed):
       weighting=experiment.weighting.init(rng_weighting),
     )
 
-  return jax.jit(init)(jax.random.key(seed))
+  return jax.jit(init)(keys.from_seed(seed))
 
 
 _COUNTS = ('total_steps', 'data.tasks', 'data.shot', 'data.query_shot', 'eval.episodes', 'eval.val_episodes')
@@ -151,7 +154,7 @@ def make_experiment(config, data_dir, needed=('train', 'test')):
     weighting=config_lib.build(config, 'weighting'),
     tx=config_lib.call(optimizers.make, config, 'optimizer', config.total_steps),
     evaluation=config_lib.build(config, 'algorithm', model, objective=objective, **for_evaluation),
-    example=jnp.zeros(shapes.support.inputs.shape[1:]),
+    example=np.zeros(shapes.support.inputs.shape[1:], np.float32),
   )
 
 
@@ -188,6 +191,9 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
       if mode != 'eval':
         with _stop_on_sigterm() as stop:
           train(config, experiment, workdir, checkpoints, stop)
+      from metajax import report  # only now: the first meta-update need not wait for the import of matplotlib
+
+      if mode != 'eval':
         report.draw_training(workdir)
         if stop.is_set():
           return
@@ -218,7 +224,7 @@ def train(config, experiment, workdir, checkpoints, stop):
     return parallel.lay_out(source.sample((step - 1) * tasks, tasks), tasks, chunk)
 
   step_fn = parallel.over_devices(functools.partial(train_step, experiment=experiment, tasks=tasks), donate=True)
-  constants = experiment.resident, parallel.replicate(jax.random.key(config.seed))
+  constants = experiment.resident, parallel.replicate(keys.from_seed(config.seed))
   validate = validation(config, experiment)
   with (
     contextlib.closing(Progress(total, done, tasks)) as progress,

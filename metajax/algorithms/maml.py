@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metajax import inner_loop, losses
 from metajax.errors import UserError
@@ -55,7 +56,7 @@ def make(
     raise UserError(f'batch_norm is one of {", ".join(BATCH_NORM_MODES)}, not {batch_norm!r}')
   if inner_steps < 0:
     raise UserError(f'inner_steps = {inner_steps}: it cannot be negative')
-  rates = jnp.full((inner_steps,), inner_lr, jnp.float32)
+  rates = np.full((inner_steps,), inner_lr, np.float32)
 
   def init(rng, inputs):
     model_state = dict(model.init(rng, inputs))
