@@ -19,6 +19,7 @@ from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
 from metajax.data import episodes, pipeline
 from metajax.errors import UserError
+from metajax.profiling import Profile
 from metajax.progress import Progress, readable
 from metajax.types import Algorithm, TaskWeighting
 from metajax.writer import Writer
@@ -203,6 +204,7 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
 
 def train(config, experiment, workdir, checkpoints, stop):
   """The loop: from the last checkpoint, or from nothing, to `config.total_steps`."""
+  profile = Profile(config.profile, config.total_steps, workdir)
   state = init_state(experiment, config.seed)
   steps = checkpoints.steps()
   if steps and steps[0] > config.total_steps:
@@ -229,15 +231,18 @@ def train(config, experiment, workdir, checkpoints, stop):
   with (
     contextlib.closing(Progress(total, done, tasks)) as progress,
     contextlib.closing(Writer(workdir, done)) as writer,
+    contextlib.closing(profile),
     contextlib.closing(pipeline.prefetch(make_batch, range(done + 1, total + 1))) as batches,
   ):
     progress.say(f'training {workdir} from step {done}: {describe(state)}')
     if validate is None:
       progress.say('no validation split: the last checkpoint will be the one to test')
+    if config.profile and done >= profile.last:
+      progress.say(f'config.profile = {config.profile}: these meta-updates are done already and will not be traced')
     in_flight = InFlight(progress, writer, config.log_every)
     for step, local in batches:
       try:
-        state, metrics = step_fn(state, constants, local)
+        state, metrics = profile.step(step, step_fn, state, constants, local)
         in_flight.add(step, metrics)
         evaluating = due(step, config.eval_every) or step == total
         if not (evaluating or due(step, config.checkpoint_every) or stop.is_set()):
