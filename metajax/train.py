@@ -232,7 +232,7 @@ def train(config, experiment, workdir, checkpoints, stop):
     contextlib.closing(Progress(total, done, tasks)) as progress,
     contextlib.closing(Writer(workdir, done)) as writer,
     contextlib.closing(profile),
-    contextlib.closing(pipeline.prefetch(make_batch, range(done + 1, total + 1))) as batches,
+    contextlib.closing(pipeline.prefetch(make_batch, range(done + 1, total + 1), progress.waited)) as batches,
   ):
     progress.say(f'training {workdir} from step {done}: {describe(state)}')
     if validate is None:
@@ -294,7 +294,8 @@ class InFlight:
       self._progress.update(step, metrics)
       if due(step, self._log_every):
         self._writer.write(step, 'train', metrics)
-        self._writer.event(step, {'time/tasks_per_second': self._progress.log(step, metrics)})
+        times = self._progress.log(step, metrics)
+        self._writer.event(step, {f'time/{name}': value for name, value in times.items()})
 
 
 def validation(config, experiment):
