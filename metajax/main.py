@@ -38,8 +38,9 @@ def main(argv=None):
   logging.basicConfig(format='%(message)s', stream=sys.stdout, force=True)
   logging.getLogger('metajax').setLevel(logging.INFO)
   absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs the tracebacks of errors that it raises as well
-  # A program that was compiled once is read from disk when a run is started again.
+  # A program that was compiled once is read from disk when a run is started again; a run has few, so all are kept.
   jax.config.update('jax_compilation_cache_dir', str(table.cache_dir() / 'xla'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   try:
     options, overrides = parse(sys.argv if argv is None else argv)
     if place := processes.find_place(options.coordinator, options.num_processes, options.process_id):

@@ -82,13 +82,14 @@ def over_devices(step, *, donate=False):
   return jax.pmap(step, axis_name=_AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=donated)
 
 
-def mean_over_tasks(function, local, tasks):
+def mean_over_tasks(function, like, local, tasks):
   """Runs `function` chunk by chunk on every device.
 
   Args:
     function: (positions (chunk,), weights (chunk,), batch with a leading axis of chunk) -> sums, each: `sums` any
       pytree that is a sum over the chunk's tasks times their weight, `each` one with a leading axis of chunk. The
       weights make the mean over the meta-batch of it, 0 for filling.
+    like: arrays of the shapes and types of `sums`; to find them out would take tracing `function` twice.
     local: this device's part of what `lay_out` returns.
     tasks: in the meta-batch.
 
@@ -102,9 +103,7 @@ def mean_over_tasks(function, local, tasks):
     sums, each = function(positions, weights, batch)
     return jax.tree.map(jnp.add, total, sums), each
 
-  first = jax.tree.map(lambda x: x[0], local)
-  shapes, _ = jax.eval_shape(lambda chunk: function(chunk[0], jnp.ones(chunk[0].shape), chunk[1]), first)
-  sums, each = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), local)
+  sums, each = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, like), local)
   return jax.lax.pmean(sums, _AXIS), gather_tasks(each, tasks)
 
 

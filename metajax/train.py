@@ -14,11 +14,12 @@ import numpy as np
 import optax
 
 from metajax import config as config_lib
-from metajax import evaluate, losses, optimizers, parallel, processes, report
+from metajax import evaluate, keys, losses, optimizers, parallel, processes
 from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
 from metajax.data import episodes, pipeline
 from metajax.errors import UserError
+from metajax.profiling import Profile
 from metajax.progress import Progress, readable
 from metajax.types import Algorithm, TaskWeighting
 from metajax.writer import Writer
@@ -81,9 +82,11 @@ def train_step(state, constants, local, *, experiment, tasks):
 
     grads, (each, model_state, metrics) = jax.grad(outer_loss, has_aux=True)(state.params)
     average = functools.partial(jnp.tensordot, weights, axes=1, precision='highest')
-    return (grads, *jax.tree.map(average, (model_state, metrics))), each
+    return (grads, jax.tree.map(average, model_state)), (each, metrics)
 
-  (grads, model_state, metrics), task_losses = parallel.mean_over_tasks(meta_gradient, local, tasks)
+  (grads, model_state), (task_losses, metrics) = parallel.mean_over_tasks(
+    meta_gradient, (state.params, state.model_state), local, tasks
+  )
   updates, opt_state = experiment.tx.update(grads, state.opt_state, state.params)
   weights, weight_metrics = weighting.update(state.weighting, task_losses, class_ids, rng_weighting)
   state = TrainState(
@@ -93,6 +96,7 @@ def train_step(state, constants, local, *, experiment, tasks):
     opt_state=opt_state,
     weighting=weights,
   )
+  metrics = jax.tree.map(lambda x: x.mean(axis=0), metrics)
   return state, {'loss': task_losses.mean(), 'grad_norm': optax.tree.norm(grads), **metrics, **weight_metrics}
 
 
@@ -110,7 +114,7 @@ def init_state(experiment, seed):
       weighting=experiment.weighting.init(rng_weighting),
     )
 
-  return jax.jit(init)(jax.random.key(seed))
+  return jax.jit(init)(keys.from_seed(seed))
 
 
 _COUNTS = ('total_steps', 'data.tasks', 'data.shot', 'data.query_shot', 'eval.episodes', 'eval.val_episodes')
@@ -151,7 +155,7 @@ def make_experiment(config, data_dir, needed=('train', 'test')):
     weighting=config_lib.build(config, 'weighting'),
     tx=config_lib.call(optimizers.make, config, 'optimizer', config.total_steps),
     evaluation=config_lib.build(config, 'algorithm', model, objective=objective, **for_evaluation),
-    example=jnp.zeros(shapes.support.inputs.shape[1:]),
+    example=np.zeros(shapes.support.inputs.shape[1:], np.float32),
   )
 
 
@@ -192,6 +196,9 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
         with _stop_on_sigterm() as stop:
           train(config, experiment, workdir, checkpoints, stop)
           stopped = parallel.anywhere(stop.is_set())
+      from metajax import report  # only now: the first meta-update need not wait for the import of matplotlib
+
+      if mode != 'eval':
         if processes.is_first():
           report.draw_training(workdir)
         if stopped:
@@ -202,6 +209,7 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
 
 def train(config, experiment, workdir, checkpoints, stop):
   """The loop: from the last checkpoint, or from nothing, to `config.total_steps`."""
+  profile = Profile(config.profile if processes.is_first() else '', config.total_steps, workdir)
   state = init_state(experiment, config.seed)
   steps = processes.from_first(checkpoints.steps)
   if steps and steps[0] > config.total_steps:
@@ -229,20 +237,23 @@ def train(config, experiment, workdir, checkpoints, stop):
     return parallel.lay_out(source.sample((step - 1) * tasks + first, count), tasks, chunk)
 
   step_fn = parallel.over_devices(functools.partial(train_step, experiment=experiment, tasks=tasks), donate=True)
-  constants = experiment.resident, parallel.replicate(jax.random.key(config.seed))
+  constants = experiment.resident, parallel.replicate(keys.from_seed(config.seed))
   validate = validation(config, experiment)
   with (
     contextlib.closing(processes.on_first(Progress, total, done, tasks)) as progress,
     contextlib.closing(processes.on_first(Writer, workdir, done)) as writer,
-    contextlib.closing(pipeline.prefetch(make_batch, range(done + 1, total + 1))) as batches,
+    contextlib.closing(profile),
+    contextlib.closing(pipeline.prefetch(make_batch, range(done + 1, total + 1), progress.waited)) as batches,
   ):
     progress.say(f'training {workdir} from step {done}: {describe(state)}')
     if validate is None:
       progress.say('no validation split: the last checkpoint will be the one to test')
+    if config.profile and done >= profile.last:
+      progress.say(f'config.profile = {config.profile}: these meta-updates are done already and will not be traced')
     in_flight = InFlight(progress, writer, config.log_every)
     for step, local in batches:
       try:
-        state, metrics = step_fn(state, constants, local)
+        state, metrics = profile.step(step, step_fn, state, constants, local)
         in_flight.add(step, metrics, parallel.anywhere(stop.is_set()))
         evaluating = due(step, config.eval_every) or step == total
         if not (evaluating or due(step, config.checkpoint_every) or in_flight.stop):
@@ -296,7 +307,7 @@ class InFlight:
       self._progress.update(step, metrics)
       if due(step, self._log_every):
         self._writer.write(step, 'train', metrics)
-        self._writer.event(step, {'time/tasks_per_second': self._progress.log(step, metrics)})
+        self._writer.event(step, self._progress.log(step, metrics))
 
 
 def validation(config, experiment):

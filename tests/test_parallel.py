@@ -226,7 +226,7 @@ def test_mean_over_tasks_leaves_the_filling_out(tasks, chunk):
     def function(positions, weights, batch):
       return jnp.sum(weights * (state['shift'] + batch['value'])), {'value': batch['value'], 'position': positions}
 
-    return parallel.mean_over_tasks(function, local, tasks)
+    return parallel.mean_over_tasks(function, state['shift'], local, tasks)
 
   positions, batch = parallel.lay_out({'value': values}, tasks, chunk)
   assert batch['value'].shape == positions.shape == (1, -(-tasks // chunk), chunk)
