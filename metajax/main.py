@@ -28,7 +28,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from metajax import config as config_lib
-from metajax import processes, train, workdir
+from metajax import parallel, processes, train, workdir
 from metajax.data import table
 from metajax.errors import UserError, first_line
 
@@ -51,6 +51,8 @@ def main(argv=None):
       return config_lib.to_json(config_lib.override(config, overrides))
 
     config = config_lib.from_json(processes.from_first(read_config))
+    if not place:
+      parallel.use_cores(config.data.tasks)
     train.run(config, options.workdir, data_dir=options.data_dir, mode=options.mode)
     processes.finish()
     return 0

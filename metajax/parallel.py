@@ -8,8 +8,10 @@ Devices are those of all processes of the run, each process's in a row. Each pro
 alone; arrays here are always those of its own devices, and only inside a step do all of them meet.
 """
 
+import contextlib
 import functools
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +41,17 @@ def chunk_size(chunk, tasks, elements):
   elif not str(chunk).isdecimal() or int(chunk) < 1:
     raise UserError(f"config.chunk is 'auto' or a number of tasks, not {chunk!r}")
   return math.ceil(local / math.ceil(local / min(int(chunk), local)))  # the most even chunks of at most this size
+
+
+def use_cores(tasks):
+  """Makes each core of a CPU a device of its own, as far as there are tasks; to be called before JAX is first used.
+
+  Two cores that work on a task each are half as fast again as both on one task after the other. An image table costs
+  no more: CPU devices share the memory that it is mapped to. $JAX_NUM_CPU_DEVICES has precedence.
+  """
+  if 'JAX_NUM_CPU_DEVICES' not in os.environ:
+    with contextlib.suppress(RuntimeError):  # in use already, by whoever called this as a library
+      jax.config.update('jax_num_cpu_devices', max(1, min(len(os.sched_getaffinity(0)), tasks)))
 
 
 def own_tasks(tasks, chunk):
