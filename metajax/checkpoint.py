@@ -19,16 +19,21 @@ _KEEP_LATEST = 2  # the one before the latest too, should the latest turn out da
 class Checkpoints:
   """The checkpoints of one workdir: the latest two and the best five by validation.
 
-  State is written as host arrays, so a checkpoint does not depend on how many devices there were.
+  State is written as host arrays, so a checkpoint does not depend on how many devices there were. Of several processes
+  process 0 alone has them.
   """
 
   def __init__(self, workdir):
     self.directory = Path(workdir).absolute() / 'checkpoints'
+    self.directory.mkdir(parents=True, exist_ok=True)
     self._set_unscored_aside()
     options = ocp.CheckpointManagerOptions(
       preservation_policy=_LatestAndBest(),
       best_fn=lambda metrics: metrics['score'],  # never called: it makes the manager keep the metrics
       cleanup_tmp_directories=True,
+      # Only process 0 has checkpoints: those of others must not be waited for, and then Orbax makes no folder.
+      multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}),
+      create=False,
     )
     self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=('state', 'checksum'))
 

@@ -30,6 +30,7 @@ _TOP_LEVEL = dict(
   eval_every=1000,
   checkpoint_every=1000,
   chunk='auto',  # tasks that one `vmap` takes at once; the rest by a scan
+  profile='',  # meta-updates to trace, such as '10:20'
 )
 _DATA = dict(
   way=int,  # none in regression

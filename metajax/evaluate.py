@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax import parallel
+from metajax import keys, parallel
 
 _BATCH = 100  # at most so many episodes a dispatch
 
@@ -25,9 +25,10 @@ def make(algorithm, objective, source, *, episodes, seed, chunk='auto', trajecto
     evaluate(params, model_state, resident) -> {metric: (episodes,) float32 array, or (episodes, inner_steps + 1) with
     `trajectory`}; `resident` is `source.resident`, replicated.
   """
-  key = parallel.replicate(jax.random.key(seed))
+  key = parallel.replicate(keys.from_seed(seed))
   size = min(_BATCH, episodes)
   chunk = parallel.chunk_size(chunk, size, elements(source))
+  first, count = parallel.own_tasks(size, chunk)
 
   def metrics(params, model_state, episode, rng):
     def of_adapted(adapted):
@@ -52,15 +53,15 @@ def make(algorithm, objective, source, *, episodes, seed, chunk='auto', trajecto
       rngs = jax.vmap(jax.random.fold_in, (None, 0))(key, start + positions)
       return (), jax.vmap(metrics, (None, None, 0, 0))(params, model_state, tasks, rngs)
 
-    return parallel.mean_over_tasks(chunk_metrics, local, size)[1]
+    return parallel.mean_over_tasks(chunk_metrics, (), local, size)[1]
 
   step = parallel.over_devices(step)
 
   def evaluate(params, model_state, resident):
     results = []
     for start in range(0, episodes, size):
-      local = parallel.lay_out(source.sample(start, size), size, chunk)
-      results.append(step((params, model_state), (resident, key, jnp.int32(start)), local))
+      local = parallel.lay_out(source.sample(start + first, count), size, chunk)
+      results.append(step((params, model_state), (resident, key, np.int32(start)), local))
     results = jax.device_get(results)
     return {name: np.concatenate([r[name] for r in results])[:episodes] for name in results[0]}
 

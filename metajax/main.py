@@ -7,6 +7,12 @@ python -m metajax.main --config=FILE[:ARGS] [--workdir=DIR] [--mode=MODE] [--dat
   --mode         train, eval or train_and_eval (default); eval needs only --workdir
   --data_dir     where archives of data sets lie or go; $METAJAX_DATA, else ~/metajax_data
   --config.KEY   any setting of the config, such as --config.algorithm.inner_steps=3
+
+Several processes as one run, each with the same command (under Slurm and Open MPI they find one another):
+
+  --coordinator    HOST:PORT, where process 0 listens
+  --num_processes  how many there are
+  --process_id     which of them this is, 0 to num_processes - 1
 """
 
 import errno
@@ -14,6 +20,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 import jax
@@ -21,7 +28,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from metajax import config as config_lib
-from metajax import train, workdir
+from metajax import parallel, processes, train, workdir
 from metajax.data import table
 from metajax.errors import UserError, first_line
 
@@ -31,34 +38,53 @@ def main(argv=None):
   logging.basicConfig(format='%(message)s', stream=sys.stdout, force=True)
   logging.getLogger('metajax').setLevel(logging.INFO)
   absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs the tracebacks of errors that it raises as well
-  # A program that was compiled once is read from disk when a run is started again.
+  # A program that was compiled once is read from disk when a run is started again; a run has few, so all are kept.
   jax.config.update('jax_compilation_cache_dir', str(table.cache_dir() / 'xla'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   try:
     options, overrides = parse(sys.argv if argv is None else argv)
-    config = config_lib.load(options.config) if options.config else workdir.read_config(options.workdir)
-    config = config_lib.override(config, overrides)
+    if place := processes.find_place(options.coordinator, options.num_processes, options.process_id):
+      processes.start(place)
+
+    def read_config():
+      config = config_lib.load(options.config) if options.config else workdir.read_config(options.workdir)
+      return config_lib.to_json(config_lib.override(config, overrides))
+
+    config = config_lib.from_json(processes.from_first(read_config))
+    if not place:
+      parallel.use_cores(config.data.tasks)
     train.run(config, options.workdir, data_dir=options.data_dir, mode=options.mode)
+    processes.finish()
     return 0
-  except UserError as error:
-    print(f'metajax: {error}', file=sys.stderr)
-    return 2
-  except OSError as error:
-    remedies = {errno.ENOSPC: 'make room', errno.EDQUOT: 'make room', errno.EACCES: 'make it accessible'}
-    if error.errno not in remedies:
+  except (Exception, KeyboardInterrupt) as error:
+    status, line = explain(error)
+    processes.fail(status, line or traceback.format_exc(), by_device=isinstance(error, jax.errors.JaxRuntimeError))
+    if line is None:
       raise
-    print(f'metajax: {error}: {remedies[error.errno]}, then run the same command again to go on', file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print('metajax: interrupted; run the same command again to go on from the last checkpoint', file=sys.stderr)
-    return 130
+    print(line, file=sys.stderr)
+    return status
+
+
+def explain(error):
+  """The exit status for an error, and one line for what a user can mend; None where only the traceback will do."""
+  if isinstance(error, UserError):
+    return 2, f'metajax: {error}'
+  remedies = {errno.ENOSPC: 'make room', errno.EDQUOT: 'make room', errno.EACCES: 'make it accessible'}
+  if isinstance(error, OSError) and error.errno in remedies:
+    return 2, f'metajax: {error}: {remedies[error.errno]}, then run the same command again to go on'
+  if isinstance(error, KeyboardInterrupt):
+    return 130, 'metajax: interrupted; run the same command again to go on from the last checkpoint'
+  return 1, None
 
 
 def parse(argv):
   """Splits a command line into flags with their defaults filled in, and the overrides of the config."""
   overrides = [arg for arg in argv if re.match(r'--?(no)?config\.', arg)]
   values = flags.FlagValues()
-  for name in ('config', 'workdir', 'data_dir'):
+  for name in ('config', 'workdir', 'data_dir', 'coordinator'):
     flags.DEFINE_string(name, None, '', flag_values=values)
+  for name in ('num_processes', 'process_id'):
+    flags.DEFINE_integer(name, None, '', flag_values=values)
   flags.DEFINE_enum('mode', 'train_and_eval', ['train', 'eval', 'train_and_eval'], '', flag_values=values)
   flags.DEFINE_bool('help', False, '', short_name='h', flag_values=values)
   try:

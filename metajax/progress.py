@@ -5,6 +5,8 @@ import time
 
 from tqdm import tqdm
 
+_REMARKABLE = 0.02  # share of the time waiting for data from which on the log says so
+
 
 class Progress:
   """Progress over `total` meta-updates; `metrics` are those of a recent one."""
@@ -12,7 +14,7 @@ class Progress:
   def __init__(self, total, start, tasks):
     self._total, self._tasks = total, tasks
     self._since = time.perf_counter(), start
-    self._paused = 0.0
+    self._paused = self._waited = 0.0
     self._shown = {}
     self._bar = None
     if sys.stderr.isatty():
@@ -33,19 +35,29 @@ class Progress:
     self._bar.set_postfix_str(readable(self._shown) + speed, refresh=False)
 
   def log(self, step, metrics):
-    """A line for the log, if there is no bar; returns tasks per second since the last call, pauses left out."""
+    """Shows a line for the log, if there is no bar.
+
+    Returns:
+      since the last call and without pauses: 'time/tasks_per_second'; 'time/waiting_for_data', the share of time.
+    """
     now = time.perf_counter()
     before, start = self._since
-    rate = (step - start) / max(now - before - self._paused, 1e-9)
-    self._since, self._paused = (now, step), 0.0
+    seconds = max(now - before - self._paused, 1e-9)
+    rate, waiting = (step - start) / seconds, self._waited / seconds
+    self._since, self._paused, self._waited = (now, step), 0.0, 0.0
     if self._bar is None:
       left = tqdm.format_interval((self._total - step) / rate) if rate else '?'
-      self.say(f'step {step}/{self._total}: {readable(metrics)}, {rate * self._tasks:.0f} tasks/s, {left} left')
-    return rate * self._tasks
+      remark = f', {100 * waiting:.0f} % of the time waiting for data' if waiting > _REMARKABLE else ''
+      self.say(f'step {step}/{self._total}: {readable(metrics)}, {rate * self._tasks:.0f} tasks/s, {left} left{remark}')
+    return {'time/tasks_per_second': rate * self._tasks, 'time/waiting_for_data': waiting}
 
   def pause(self, seconds):
     """Leaves time spent on something else than training out of the speed."""
     self._paused += seconds
+
+  def waited(self, seconds):
+    """Adds time that the loop has waited for its next batch."""
+    self._waited += seconds
 
   def say(self, line):
     """Prints a line, above the bar if there is one."""

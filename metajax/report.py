@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from metajax import evaluate, figures, writer
+from metajax import evaluate, figures, processes, writer
 from metajax.data import episodes
 from metajax.errors import UserError
 from metajax.files import write_atomically
@@ -15,7 +15,7 @@ from metajax.progress import readable
 
 
 def test(config, experiment, state, workdir):
-  """Evaluates `state` on the test episodes; writes `test.json` and figures, and prints the test line."""
+  """Evaluates `state` on the test episodes; process 0 writes `test.json` and figures, and prints the test line."""
   source = experiment.sources['test']
   along = experiment.evaluation.trajectory is not None
   evaluate_fn = evaluate.make(
@@ -34,6 +34,8 @@ def test(config, experiment, state, workdir):
 
   if not np.isfinite(summary['loss']).all():
     raise UserError('the test diverged: a loss is not finite. Try a smaller config.eval.inner_lr or inner_steps')
+  if not processes.is_first():
+    return
 
   classification = 'accuracy' in summary
   names = ('way', 'shot', 'query_shot') if classification else ('shot', 'query_shot')

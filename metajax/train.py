@@ -14,11 +14,12 @@ import numpy as np
 import optax
 
 from metajax import config as config_lib
-from metajax import evaluate, losses, optimizers, parallel, report
+from metajax import evaluate, keys, losses, optimizers, parallel, processes
 from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
 from metajax.data import episodes, pipeline
 from metajax.errors import UserError
+from metajax.profiling import Profile
 from metajax.progress import Progress, readable
 from metajax.types import Algorithm, TaskWeighting
 from metajax.writer import Writer
@@ -81,9 +82,11 @@ def train_step(state, constants, local, *, experiment, tasks):
 
     grads, (each, model_state, metrics) = jax.grad(outer_loss, has_aux=True)(state.params)
     average = functools.partial(jnp.tensordot, weights, axes=1, precision='highest')
-    return (grads, *jax.tree.map(average, (model_state, metrics))), each
+    return (grads, jax.tree.map(average, model_state)), (each, metrics)
 
-  (grads, model_state, metrics), task_losses = parallel.mean_over_tasks(meta_gradient, local, tasks)
+  (grads, model_state), (task_losses, metrics) = parallel.mean_over_tasks(
+    meta_gradient, (state.params, state.model_state), local, tasks
+  )
   updates, opt_state = experiment.tx.update(grads, state.opt_state, state.params)
   weights, weight_metrics = weighting.update(state.weighting, task_losses, class_ids, rng_weighting)
   state = TrainState(
@@ -93,6 +96,7 @@ def train_step(state, constants, local, *, experiment, tasks):
     opt_state=opt_state,
     weighting=weights,
   )
+  metrics = jax.tree.map(lambda x: x.mean(axis=0), metrics)
   return state, {'loss': task_losses.mean(), 'grad_norm': optax.tree.norm(grads), **metrics, **weight_metrics}
 
 
@@ -110,7 +114,7 @@ def init_state(experiment, seed):
       weighting=experiment.weighting.init(rng_weighting),
     )
 
-  return jax.jit(init)(jax.random.key(seed))
+  return jax.jit(init)(keys.from_seed(seed))
 
 
 _COUNTS = ('total_steps', 'data.tasks', 'data.shot', 'data.query_shot', 'eval.episodes', 'eval.val_episodes')
@@ -123,7 +127,7 @@ def make_experiment(config, data_dir, needed=('train', 'test')):
     value, least = config_lib.get(config, name), int(name in _COUNTS)
     if not isinstance(value, int) or value < least:
       raise UserError(f'config.{name} = {value!r}: a whole number from {least} on is needed')
-  splits = config_lib.build(config, 'data', str(data_dir))
+  splits = processes.first_then_others(lambda: config_lib.build(config, 'data', str(data_dir)))
   for split in needed:
     if split not in splits:
       hint = ', or use --mode=train' if split == 'test' else ''
@@ -151,7 +155,7 @@ def make_experiment(config, data_dir, needed=('train', 'test')):
     weighting=config_lib.build(config, 'weighting'),
     tx=config_lib.call(optimizers.make, config, 'optimizer', config.total_steps),
     evaluation=config_lib.build(config, 'algorithm', model, objective=objective, **for_evaluation),
-    example=jnp.zeros(shapes.support.inputs.shape[1:]),
+    example=np.zeros(shapes.support.inputs.shape[1:], np.float32),
   )
 
 
@@ -172,6 +176,8 @@ def make_sources(config, splits):
 def run(config, workdir, *, data_dir, mode='train_and_eval'):
   """Trains and evaluates; goes on where the workdir's last run stopped.
 
+  Of several processes (see `processes.start`) each calls this; process 0 alone touches the workdir.
+
   Args:
     config: complete, see `config.complete`.
     workdir: folder of the run.
@@ -181,15 +187,21 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
   Raises:
     UserError: see the message.
   """
-  with workdir_lib.locked(workdir):
-    config = workdir_lib.settle_config(workdir, config, mode)
+  with processes.on_first(workdir_lib.locked, workdir):
+    settled = processes.from_first(lambda: config_lib.to_json(workdir_lib.settle_config(workdir, config, mode)))
+    config = config_lib.from_json(settled)
     experiment = make_experiment(config, data_dir, ('train',) if mode == 'train' else ('train', 'test'))
-    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+    with contextlib.closing(processes.on_first(Checkpoints, workdir)) as checkpoints:
       if mode != 'eval':
         with _stop_on_sigterm() as stop:
           train(config, experiment, workdir, checkpoints, stop)
-        report.draw_training(workdir)
-        if stop.is_set():
+          stopped = parallel.anywhere(stop.is_set())
+      from metajax import report  # only now: the first meta-update need not wait for the import of matplotlib
+
+      if mode != 'eval':
+        if processes.is_first():
+          report.draw_training(workdir)
+        if stopped:
           return
       if mode != 'train':
         report.test(config, experiment, load_best(checkpoints, experiment, config), workdir)
@@ -197,14 +209,20 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
 
 def train(config, experiment, workdir, checkpoints, stop):
   """The loop: from the last checkpoint, or from nothing, to `config.total_steps`."""
+  profile = Profile(config.profile if processes.is_first() else '', config.total_steps, workdir)
   state = init_state(experiment, config.seed)
-  steps = checkpoints.steps()
+  steps = processes.from_first(checkpoints.steps)
   if steps and steps[0] > config.total_steps:
     raise UserError(f'{workdir} is at step {steps[0]} already, beyond config.total_steps = {config.total_steps}')
-  workdir_lib.keep_config(workdir, config)
-  if steps:
-    state, damaged = checkpoints.restore_first_sound(steps, state)
+  processes.on_first(workdir_lib.keep_config, workdir, config)
+
+  def restore():
+    restored, damaged = checkpoints.restore_first_sound(steps, state)
     checkpoints.set_aside(damaged)
+    return restored
+
+  if steps:
+    state = processes.arrays_from_first(restore, state)
   state = parallel.replicate(state)
   done, total, tasks = int(state.step), config.total_steps, config.data.tasks
   if done >= total:
@@ -213,28 +231,32 @@ def train(config, experiment, workdir, checkpoints, stop):
 
   source = experiment.sources['train']
   chunk = parallel.chunk_size(config.chunk, tasks, evaluate.elements(source))
+  first, count = parallel.own_tasks(tasks, chunk)
 
   def make_batch(step):
-    return parallel.lay_out(source.sample((step - 1) * tasks, tasks), tasks, chunk)
+    return parallel.lay_out(source.sample((step - 1) * tasks + first, count), tasks, chunk)
 
   step_fn = parallel.over_devices(functools.partial(train_step, experiment=experiment, tasks=tasks), donate=True)
-  constants = experiment.resident, parallel.replicate(jax.random.key(config.seed))
+  constants = experiment.resident, parallel.replicate(keys.from_seed(config.seed))
   validate = validation(config, experiment)
   with (
-    contextlib.closing(Progress(total, done, tasks)) as progress,
-    contextlib.closing(Writer(workdir, done)) as writer,
-    contextlib.closing(pipeline.prefetch(make_batch, range(done + 1, total + 1))) as batches,
+    contextlib.closing(processes.on_first(Progress, total, done, tasks)) as progress,
+    contextlib.closing(processes.on_first(Writer, workdir, done)) as writer,
+    contextlib.closing(profile),
+    contextlib.closing(pipeline.prefetch(make_batch, range(done + 1, total + 1), progress.waited)) as batches,
   ):
     progress.say(f'training {workdir} from step {done}: {describe(state)}')
     if validate is None:
       progress.say('no validation split: the last checkpoint will be the one to test')
+    if config.profile and done >= profile.last:
+      progress.say(f'config.profile = {config.profile}: these meta-updates are done already and will not be traced')
     in_flight = InFlight(progress, writer, config.log_every)
     for step, local in batches:
       try:
-        state, metrics = step_fn(state, constants, local)
-        in_flight.add(step, metrics)
+        state, metrics = profile.step(step, step_fn, state, constants, local)
+        in_flight.add(step, metrics, parallel.anywhere(stop.is_set()))
         evaluating = due(step, config.eval_every) or step == total
-        if not (evaluating or due(step, config.checkpoint_every) or stop.is_set()):
+        if not (evaluating or due(step, config.checkpoint_every) or in_flight.stop):
           continue
         in_flight.settle()
       except FloatingPointError as error:
@@ -251,7 +273,7 @@ def train(config, experiment, workdir, checkpoints, stop):
       writer.sync()  # metrics first: a checkpoint without its metrics could not be resumed exactly
       checkpoints.save(state, score)
       progress.pause(time.perf_counter() - start)
-      if stop.is_set():
+      if in_flight.stop:
         progress.say(f'stopped at step {step}, checkpoint saved: run the same command again to go on')
         return
 
@@ -264,10 +286,11 @@ class InFlight:
   def __init__(self, progress, writer, log_every):
     self._progress, self._writer, self._log_every = progress, writer, log_every
     self._steps = collections.deque()
+    self.stop = False  # whether a step that is settled was told to be among the last, the same on all processes
 
-  def add(self, step, metrics):
-    self._steps.append((step, metrics))
-    self.settle(keep=self._AHEAD)
+  def add(self, step, metrics, stop):
+    self._steps.append((step, metrics, stop))
+    self.settle(keep=0 if stop is True else self._AHEAD)  # only a process on its own knows at once
 
   def settle(self, keep=0):
     """Waits for all but the last `keep` steps, shows and writes their metrics.
@@ -276,14 +299,15 @@ class InFlight:
       FloatingPointError: one's loss or gradient is not finite; its text is the step.
     """
     while len(self._steps) > keep:
-      step, metrics = self._steps.popleft()
-      metrics = jax.device_get(metrics)
+      step, metrics, stop = self._steps.popleft()
+      metrics, stop = jax.device_get((metrics, stop))
+      self.stop = self.stop or bool(stop)
       if not np.isfinite(metrics['loss'] + metrics['grad_norm']):
         raise FloatingPointError(step)
       self._progress.update(step, metrics)
       if due(step, self._log_every):
         self._writer.write(step, 'train', metrics)
-        self._writer.event(step, {'time/tasks_per_second': self._progress.log(step, metrics)})
+        self._writer.event(step, self._progress.log(step, metrics))
 
 
 def validation(config, experiment):
@@ -303,11 +327,14 @@ def validation(config, experiment):
 
 def load_best(checkpoints, experiment, config):
   """The state of the best checkpoint by validation; the latest, where nothing was validated."""
-  if not (steps := checkpoints.best_steps()):
-    raise UserError(f'{checkpoints.directory} holds no checkpoint yet: train first')
   like = jax.eval_shape(functools.partial(init_state, experiment, config.seed))
-  state, _ = checkpoints.restore_first_sound(steps, like)
-  return parallel.replicate(state)
+
+  def restore():
+    if not (steps := checkpoints.best_steps()):
+      raise UserError(f'{checkpoints.directory} holds no checkpoint yet: train first')
+    return checkpoints.restore_first_sound(steps, like)[0]
+
+  return parallel.replicate(processes.arrays_from_first(restore, like))
 
 
 def due(step, every):
@@ -316,19 +343,23 @@ def due(step, every):
 
 
 def describe(state):
-  """'112,005 parameters, 1 cpu device(s)'."""
+  """'112,005 parameters, 1 cpu device(s)', and of how many processes."""
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
-  return f'{parameters:,} parameters, {jax.device_count()} {jax.devices()[0].device_kind} device(s)'
+  of = f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''
+  return f'{parameters:,} parameters, {jax.device_count()} {jax.devices()[0].device_kind} device(s){of}'
 
 
 def _diverged(step, checkpoints):
-  steps = checkpoints.steps()
-  good = f'the last good checkpoint is of step {steps[0]}' if steps else 'there is no checkpoint before it'
-  return UserError(
-    f'training diverged: loss or gradient is not finite at step {step}; {good} in {checkpoints.directory}. '
-    'Try, in a new --workdir, a smaller config.algorithm.inner_lr or config.optimizer.learning_rate, or '
-    'config.optimizer.clip=10'
-  )
+  def message():
+    steps = checkpoints.steps()
+    good = f'the last good checkpoint is of step {steps[0]}' if steps else 'there is no checkpoint before it'
+    return (
+      f'training diverged: loss or gradient is not finite at step {step}; {good} in {checkpoints.directory}. '
+      'Try, in a new --workdir, a smaller config.algorithm.inner_lr or config.optimizer.learning_rate, or '
+      'config.optimizer.clip=10'
+    )
+
+  return UserError(processes.from_first(message))
 
 
 @contextlib.contextmanager

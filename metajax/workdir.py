@@ -10,7 +10,7 @@ from metajax.errors import UserError, first_line
 from metajax.files import write_atomically
 
 # What may differ when a run goes on: it changes no result, or (chunk) only the order of a sum.
-_FREE = ('log_every', 'chunk', 'data.placement')
+_FREE = ('log_every', 'chunk', 'profile', 'data.placement')
 # What evaluation may choose anew, besides the settings of `eval`.
 _OF_EPISODES = ('way', 'shot', 'query_shot')
 

@@ -150,6 +150,12 @@ def test_placement_does_not_change_an_episode():
   assert_same(decode(make(table, placement='auto'), 250, 20), decode(host, 250, 20))
 
 
+def test_a_table_lies_on_the_device_if_the_budget_holds_it():
+  images = np.zeros((5, 4, 4, 1), np.uint8)
+  assert [episodes.place(images, budget) for budget in (79, 80)] == ['host', 'device']
+  assert episodes.place(images) == 'device'
+
+
 def test_turned_classes_show_turned_images():
   turns = [0, 1, 2, 3]
   table = table_of([4, 4, 4, 4], turns)
@@ -230,14 +236,14 @@ def running_threads():
   return [thread for thread in threading.enumerate() if thread.name == 'prefetch']
 
 
-def test_prefetch_keeps_the_order_and_stays_at_most_two_batches_ahead():
+def test_prefetch_keeps_the_order_and_stays_at_most_its_depth_ahead():
   made = []
 
   def make_batch(step):
     made.append(step)
     return f'batch {step}'
 
-  batches = pipeline.prefetch(make_batch, range(3, 20))
+  batches = pipeline.prefetch(make_batch, range(3, 20), depth=2)
   for expected in range(3, 20):
     assert next(batches) == (expected, f'batch {expected}')
     time.sleep(0.01)
@@ -265,6 +271,16 @@ def test_prefetch_raises_what_went_wrong_after_the_batches_before_it():
   with pytest.raises(UserError, match='no such image'):
     next(batches)
   assert not running_threads()
+
+
+def test_prefetch_tells_how_long_it_was_waited_for_and_not_how_long_it_waited():
+  proceed, waits = threading.Event(), []
+  batches = pipeline.prefetch(lambda step: step > 0 or proceed.wait(10), range(4), waits.append)
+  threading.Timer(0.2, proceed.set).start()
+  next(batches)
+  time.sleep(0.2)  # a step, while which the others are made
+  assert len(list(batches)) == 3 and len(waits) == 4
+  assert 0.15 < waits[0] < 10 and max(waits[1:]) < 0.15
 
 
 def test_closing_prefetch_ends_its_thread_though_the_queue_is_full():

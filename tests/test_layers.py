@@ -1,4 +1,4 @@
-"""Layers and Conv4 against Flax and XLA: values, first and second derivatives in float64, and sizes by hand."""
+"""Convolution, layers and Conv4 against Flax and XLA: values, first and second derivatives in float64, and sizes."""
 
 import flax.linen as nn
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.models import conv4, layers
+from metajax.models import conv4, convolution, layers
 
 
 @pytest.fixture(autouse=True)
@@ -40,83 +40,177 @@ def assert_same(ours, theirs, **tolerance):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), ours, theirs)
 
 
-def convolution(x, kernel, stride):
+def lax_conv(x, kernel, stride=1):
   return jax.lax.conv_general_dilated(
     x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=('NHWC', 'HWIO', 'NHWC')
   )
 
 
-@pytest.mark.parametrize('stride', [1, 2])
-def test_conv3x3_is_the_padded_convolution_with_all_its_derivatives(stride):
+@pytest.fixture(params=['whole', 'blocks'])
+def blocks(request, monkeypatch):
+  """Runs a test twice, the second time with blocks so small that there are several."""
+  if request.param == 'blocks':
+    monkeypatch.setattr(convolution, '_BLOCK', 60)
+
+
+# Few input channels take another way to the kernel's gradient than many.
+@pytest.mark.parametrize('channels', [(1, 4), (3, 4)], ids=['few', 'many'])
+def test_conv3x3_is_the_padded_convolution_with_all_its_derivatives(channels, blocks):
+  x, kernel = draw(0, 3, 5, 6, channels[0]), draw(1, 3, 3, *channels)
+  ours = derivatives(convolution.conv3x3, x, kernel)
+  assert ours[0].shape == (3, 5, 6, 4)
+  assert_same(ours, derivatives(lax_conv, x, kernel))
+
+
+def test_convolution_and_pooling_in_one_are_the_same_in_blocks(blocks):
+  x, kernel = draw(0, 3, 6, 4, 3) + 1, draw(1, 3, 3, 3, 4)
+  assert_same(*both_blocks('pool', x, kernel, SCALE), atol=1e-7, rtol=1e-7)
+
+
+def test_strided_conv3x3_is_the_strided_convolution_with_all_its_derivatives():
   x, kernel = draw(0, 2, 5, 6, 3), draw(1, 3, 3, 3, 4)
-  ours = derivatives(lambda x, kernel: layers.conv3x3(x, kernel, stride), x, kernel)
-  assert ours[0].shape == ((2, 5, 6, 4) if stride == 1 else (2, 3, 3, 4))
-  assert_same(ours, derivatives(lambda x, kernel: convolution(x, kernel, stride), x, kernel))
+  ours = derivatives(convolution.strided_conv3x3, x, kernel)
+  assert ours[0].shape == (2, 3, 3, 4)
+  assert_same(ours, derivatives(lambda *args: lax_conv(*args, stride=2), x, kernel))
+
+
+def test_what_other_platforms_compute_is_the_same(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  x, kernel = draw(0, 2, 5, 6, 3), draw(1, 3, 3, 3, 4)
+  assert_same(derivatives(convolution.conv3x3, x, kernel), derivatives(lax_conv, x, kernel))
+
+
+@pytest.mark.parametrize('shared', [(False, False), (False, True), (True, False)], ids=['none', 'kernel', 'images'])
+def test_vmap_over_tasks_is_a_loop_over_tasks(shared):
+  x, kernel = draw(0, 2, 2, 4, 5, 3), draw(1, 2, 3, 3, 3, 4)
+  x, kernel = (x[0] if shared[0] else x), (kernel[0] if shared[1] else kernel)
+  axes = tuple(None if s else 0 for s in shared)
+
+  def in_a_loop(x, kernel):
+    return jnp.stack([lax_conv(x if shared[0] else x[i], kernel if shared[1] else kernel[i]) for i in range(2)])
+
+  ours = derivatives(jax.vmap(convolution.conv3x3, axes), x, kernel)
+  assert_same(ours, derivatives(in_a_loop, x, kernel))
 
 
 @pytest.mark.parametrize(('size', 'pooled'), [((6, 5), (3, 2)), ((7, 4), (3, 2))])
 def test_max_pool_is_that_of_flax_and_drops_odd_edges(size, pooled):
   x = draw(0, 2, *size, 3)
-  ours = derivatives(layers.max_pool2x2, x)
+  ours = derivatives(convolution.max_pool2x2, x)
   assert ours[0].shape == (2, *pooled, 3)
   assert_same(ours, derivatives(lambda x: nn.max_pool(x, (2, 2), (2, 2)), x))
+
+
+def test_of_equals_in_a_pooling_window_one_gets_the_gradient():
+  x = jnp.ones((1, 4, 4, 1)).at[0, 0, 1].set(2)
+  gradient = jax.grad(lambda x: convolution.max_pool2x2(x).sum())(x)
+  expected = np.zeros((1, 4, 4, 1))
+  expected[0, 0, 1] = expected[0, 0, 2] = expected[0, 2, 0] = expected[0, 2, 2] = 1
+  assert_same(gradient, expected)
 
 
 SCALE = np.array([1.3, -0.7, 0.2, -2.0])
 BIAS = np.array([0.3, 0.5, -0.2, 0.4])
 
 
-def ours(pool, x, scale, bias, stats=None):
+def block(downsample, x, kernel, scale, bias, stats=None):
   variables = {'params': {'scale': scale, 'bias': bias}}
   if stats:
     variables['batch_stats'] = {'mean': stats[0], 'var': stats[1]}
-  return layers.BatchNormReluPool(pool).apply(variables, x)
+  return layers.ConvBlock(downsample).apply(variables, x, kernel)
 
 
-def flax(pool, x, scale, bias, stats=None):
-  """Normalisation, ReLU and pooling one after the other."""
+def plain_block(downsample, x, kernel, scale, bias, stats=None):
+  """Convolution, normalisation, ReLU and pooling one after the other, of Flax and XLA."""
+  x = lax_conv(x, kernel, 2 if downsample == 'stride' else 1)
   mean, variance = stats or (jnp.zeros(4), jnp.ones(4))
   variables = {'params': {'scale': scale, 'bias': bias}, 'batch_stats': {'mean': mean, 'var': variance}}
   norm = nn.BatchNorm(use_running_average=stats is not None, epsilon=1e-5, use_fast_variance=False)
   x = nn.relu(norm.apply(variables, x, mutable=['batch_stats'])[0])
-  return nn.max_pool(x, (2, 2), (2, 2)) if pool else x
+  return nn.max_pool(x, (2, 2), (2, 2)) if downsample == 'pool' else x
 
 
-def both(pool, x, scale, bias, stats=None):
-  mine = derivatives(lambda *args: ours(pool, *args, stats), x, scale, bias)
-  # At a scale of exactly zero all of a window ties; the derivatives are those of a small positive scale.
-  scale = np.where(scale == 0, 1e-12, scale)
-  theirs = derivatives(lambda *args: flax(pool, *args, stats), x, scale, bias)
+def both_blocks(downsample, x, kernel, scale, stats=None):
+  args = x, kernel, scale, BIAS
+  mine = derivatives(lambda *args: block(downsample, *args, stats), *args)
+  theirs = derivatives(lambda *args: plain_block(downsample, *args, stats), *args)
   return mine, theirs
 
 
-@pytest.mark.parametrize('pool', [False, True])
-@pytest.mark.parametrize('scale', [SCALE, SCALE * [1, 0, -1, 0]], ids=['signs', 'zeros'])
-def test_batch_norm_relu_pool_is_flax_with_all_its_derivatives(pool, scale):
-  x = 2 * draw(0, 3, 5, 6, 4) + 1
-  mine, theirs = both(pool, x, scale, BIAS)
-  assert mine[0].shape == ((3, 2, 3, 4) if pool else (3, 5, 6, 4))
+# Pooling behind three input channels and even sizes has a way of its own.
+@pytest.mark.parametrize(
+  ('downsample', 'shape'),
+  [('pool', (6, 4, 3)), ('pool', (5, 6, 3)), ('pool', (6, 4, 5)), ('stride', (6, 4, 5)), ('no', (6, 4, 5))],
+)
+def test_a_block_is_that_of_flax_with_all_its_derivatives(downsample, shape):
+  x, kernel = draw(0, 3, *shape) + 1, draw(1, 3, 3, shape[-1], 4)
+  assert_same(*both_blocks(downsample, x, kernel, SCALE), atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize('channels', [3, 5])
+def test_a_scale_of_zero_has_the_derivatives_of_a_small_positive_one(channels):
+  x, kernel, scale = draw(0, 3, 4, 6, channels), draw(1, 3, 3, channels, 4), SCALE * [1, 0, -1, 0]
+  mine, _ = both_blocks('pool', x, kernel, scale)
+  _, theirs = both_blocks('pool', x, kernel, np.where(scale == 0, 1e-12, scale))
+  assert_same(mine, theirs, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize('channels', [3, 5])
+@pytest.mark.parametrize('downsample', ['pool', 'no'])
+def test_stored_statistics_normalise_like_flax_with_a_running_average(downsample, channels):
+  x, kernel, stats = draw(0, 3, 4, 6, channels), draw(1, 3, 3, channels, 4), (draw(1, 4), np.exp(draw(2, 4)))
+  mine, theirs = both_blocks(downsample, x, kernel, SCALE, stats)
   assert_same(mine, theirs, atol=1e-8)
+  alone = block(downsample, x[:1], kernel, SCALE, BIAS, stats)
+  assert_same(alone, mine[0][:1])  # each example by itself
 
 
-@pytest.mark.parametrize('pool', [False, True])
-def test_stored_statistics_normalise_like_flax_with_a_running_average(pool):
-  x, stats = 2 * draw(0, 3, 5, 6, 4) + 1, (draw(1, 4), np.exp(draw(2, 4)))
-  mine, theirs = both(pool, x, SCALE, BIAS, stats)
-  assert_same(mine, theirs)
-  assert_same(ours(pool, x[:1], SCALE, BIAS, stats), mine[0][:1])  # each example by itself
-
-
-def test_mutable_statistics_are_the_batch_s_own_and_take_precedence_over_given_ones():
-  x = draw(0, 3, 5, 6, 4)
+@pytest.mark.parametrize('channels', [3, 5])
+def test_mutable_statistics_are_the_batch_s_own_and_take_precedence_over_given_ones(channels):
+  x, kernel = draw(0, 3, 4, 6, channels), draw(1, 3, 3, channels, 4)
   variables = {
     'params': {'scale': SCALE, 'bias': BIAS},
     'batch_stats': {'mean': np.ones(4), 'var': np.full(4, 9.0)},
   }
-  out, updated = layers.BatchNormReluPool(True).apply(variables, x, mutable=['batch_stats'])
-  assert_same(out, ours(True, x, SCALE, BIAS))
-  rows = x.reshape(-1, 4)
+  out, updated = layers.ConvBlock('pool').apply(variables, x, kernel, mutable=['batch_stats'])
+  assert_same(out, block('pool', x, kernel, SCALE, BIAS))
+  rows = np.asarray(lax_conv(x, kernel)).reshape(-1, 4)
   assert_same(updated['batch_stats'], {'mean': rows.mean(0), 'var': rows.var(0)})
+
+
+def test_batch_norm_is_that_of_flax():
+  x = draw(0, 3, 5, 6, 4) + 1
+  ours = derivatives(lambda x, s, b: layers.BatchNorm().apply({'params': {'scale': s, 'bias': b}}, x), x, SCALE, BIAS)
+
+  def flax(x, scale, bias):
+    norm = nn.BatchNorm(use_running_average=False, epsilon=1e-5, use_fast_variance=False)
+    return norm.apply({'params': {'scale': scale, 'bias': bias}}, x, mutable=['batch_stats'])[0]
+
+  assert_same(ours, derivatives(flax, x, SCALE, BIAS), atol=1e-8)
+
+
+@pytest.mark.parametrize('channels', [3, 5])
+def test_bfloat16_is_near_float32_and_leaves_parameters_and_statistics_float32(channels):
+  with jax.enable_x64(False):
+    args = (draw(0, 8, 8, 8, channels), draw(1, 3, 3, channels, 4), SCALE, BIAS)
+    x, kernel, scale, bias = (jnp.asarray(a, jnp.float32) for a in args)
+
+    def run(dtype):
+      variables = {'params': {'scale': scale, 'bias': bias}, 'batch_stats': {'mean': bias, 'var': bias}}
+      module = layers.ConvBlock('pool', dtype=dtype)
+
+      def loss(kernel):
+        out, updated = module.apply(variables, x, kernel, mutable=['batch_stats'])
+        return jnp.sum(out.astype(jnp.float32) ** 2), (out, updated)
+
+      return jax.jit(jax.grad(loss, has_aux=True))(kernel)
+
+    (grad32, (out32, stats32)), (grad16, (out16, stats16)) = run(jnp.float32), run(jnp.bfloat16)
+  assert out16.dtype == jnp.bfloat16
+  assert grad16.dtype == jnp.float32 == stats16['batch_stats']['var'].dtype
+  assert np.abs(np.asarray(out16, np.float32) - out32).max() < 0.05 * np.abs(out32).max()
+  assert np.linalg.norm(grad16 - grad32) < 0.15 * np.linalg.norm(grad32)
+  assert_same(stats16, stats32, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize('downsample', ['pool', 'stride'])
@@ -129,12 +223,12 @@ def test_conv4_is_the_plain_network(downsample):
 
   def plain(params, x):
     for i in range(4):
-      x = convolution(x, params[f'conv{i}'], 1 if pool else 2)
-      x = flax(pool, x, params[f'norm{i}']['scale'], params[f'norm{i}']['bias'])
+      x = plain_block(downsample, x, params[f'conv{i}'], params[f'norm{i}']['scale'], params[f'norm{i}']['bias'])
     x = x.reshape(len(x), -1) if pool else x.mean((1, 2))
     return x @ params['head']['kernel'] + params['head']['bias']
 
-  assert_same(*jax.jit(lambda params, x: (model.apply({'params': params}, x), plain(params, x)))(params, x))
+  ours, theirs = jax.jit(lambda params, x: (model.apply({'params': params}, x), plain(params, x)))(params, x)
+  assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize(

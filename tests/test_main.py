@@ -105,7 +105,7 @@ def test_tensorboard_events_are_readable_without_tensorflow(finished):
     event = Event.FromString(data[position + 12 : position + 12 + length])
     tags |= {(event.step, value.tag) for value in event.summary.value}
     position += 16 + length
-  assert {(6, 'train/loss'), (3, 'val/accuracy'), (6, 'time/tasks_per_second')} <= tags
+  assert {(6, 'train/loss'), (3, 'val/accuracy'), (6, 'time/tasks_per_second'), (6, 'time/waiting_for_data')} <= tags
 
 
 def test_eval_mode_takes_the_workdirs_config_and_gives_the_same_numbers(finished, cache, capsys):

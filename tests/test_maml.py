@@ -230,7 +230,7 @@ class Normed(nn.Module):
       if self.flax:
         x = nn.relu(nn.BatchNorm(use_running_average=False, name=f'norm{i}')(x))
       else:
-        x = layers.BatchNormReluPool(name=f'norm{i}')(x)
+        x = nn.relu(layers.BatchNorm(name=f'norm{i}')(x))
       if i == 0:
         x = nn.Dense(4, name='hidden')(x)
     return nn.Dense(WAY, name='head')(x.mean(axis=(1, 2)))

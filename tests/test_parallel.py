@@ -181,7 +181,7 @@ def test_an_evaluation_on_four_devices_is_the_same(four_devices):
   ],
 )
 def test_chunk_size_is_the_most_even_within_what_is_asked(monkeypatch, devices, tasks, chunk, expected):
-  monkeypatch.setattr(jax, 'local_device_count', lambda: devices)
+  monkeypatch.setattr(jax, 'device_count', lambda: devices)
   assert parallel.chunk_size(chunk, tasks, elements=784) == expected
 
 
@@ -190,7 +190,7 @@ def test_chunk_size_is_the_most_even_within_what_is_asked(monkeypatch, devices, 
 )
 def test_automatic_chunks_fit_a_cpu_s_cache_and_elsewhere_take_all(monkeypatch, backend, elements, expected):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-  monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
   assert parallel.chunk_size('auto', 12, elements) == expected
 
 
@@ -198,6 +198,24 @@ def test_automatic_chunks_fit_a_cpu_s_cache_and_elsewhere_take_all(monkeypatch, 
 def test_a_chunk_that_is_no_number_of_tasks_is_refused(chunk):
   with pytest.raises(UserError, match=f'config.chunk.*{chunk}'):
     parallel.chunk_size(chunk, 6, 784)
+
+
+@pytest.mark.parametrize(('tasks', 'chunk'), [(12, 2), (11, 3), (5, 1), (1, 1)])
+def test_each_process_makes_the_tasks_of_its_own_devices(monkeypatch, tasks, chunk):
+  """Three processes with two devices each; what they lay out is, one after another, the whole meta-batch."""
+  monkeypatch.setattr(jax, 'device_count', lambda: 6)
+  monkeypatch.setattr(jax, 'local_device_count', lambda: 2)
+  monkeypatch.setattr(jax, 'device_put', lambda laid_out, sharding: laid_out)
+  found = []
+  for process in range(3):
+    monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
+    first, count = parallel.own_tasks(tasks, chunk)
+    assert first >= 0 and count >= 1 and first + count <= tasks
+    positions, batch = parallel.lay_out({'task': np.arange(first, first + count)}, tasks, chunk)
+    assert positions.shape == batch['task'].shape == (2, -(-tasks // (6 * chunk)), chunk)
+    found += [(p, t) for p, t in zip(positions.flat, batch['task'].flat, strict=True)]
+  assert [p for p, _ in found] == list(range(len(found)))
+  assert all(t == p for p, t in found if p < tasks)
 
 
 @pytest.mark.parametrize(('tasks', 'chunk'), [(6, 2), (7, 3), (1, 1)])
@@ -208,7 +226,7 @@ def test_mean_over_tasks_leaves_the_filling_out(tasks, chunk):
     def function(positions, weights, batch):
       return jnp.sum(weights * (state['shift'] + batch['value'])), {'value': batch['value'], 'position': positions}
 
-    return parallel.mean_over_tasks(function, local, tasks)
+    return parallel.mean_over_tasks(function, state['shift'], local, tasks)
 
   positions, batch = parallel.lay_out({'value': values}, tasks, chunk)
   assert batch['value'].shape == positions.shape == (1, -(-tasks // chunk), chunk)

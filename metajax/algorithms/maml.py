@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metajax import inner_loop, losses
 from metajax.errors import UserError
@@ -44,7 +45,7 @@ def make(
       query batch, so queries see one another (the practice of the paper's code). 'support': those of the support set
       under the fast weights. 'running': the query batch's in training, their running average in evaluation. The last
       two need layers that keep a batch's statistics as they are and use given ones when 'batch_stats' is not
-      mutable, such as `models.layers.BatchNormReluPool`; Flax's own BatchNorm serves 'transductive' alone.
+      mutable, such as `models.layers.BatchNorm`; Flax's own BatchNorm serves 'transductive' alone.
     batch_norm_momentum: how much of the running average stays at each meta-update.
     checkpoint: trade time for memory in the backward pass, see `inner_loop.sgd`.
 
@@ -55,7 +56,7 @@ def make(
     raise UserError(f'batch_norm is one of {", ".join(BATCH_NORM_MODES)}, not {batch_norm!r}')
   if inner_steps < 0:
     raise UserError(f'inner_steps = {inner_steps}: it cannot be negative')
-  rates = jnp.full((inner_steps,), inner_lr, jnp.float32)
+  rates = np.full((inner_steps,), inner_lr, np.float32)
 
   def init(rng, inputs):
     model_state = dict(model.init(rng, inputs))

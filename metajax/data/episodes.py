@@ -175,13 +175,18 @@ def make_source(data, split, *, way, shot, query_shot, seed, placement='auto'):
   if way is None or way < 2:
     raise UserError(f'way = {way}: classification needs at least 2 classes')
   if placement == 'auto':
-    placement = 'device' if data.images.nbytes <= _device_budget() else 'host'
+    placement = place(data.images)
   if placement not in ('device', 'host'):
     raise UserError(f"config.data.placement is 'auto', 'device' or 'host', not {placement!r}")
   return image_source(data, split, way=way, shot=shot, query_shot=query_shot, seed=seed, placement=placement)
 
 
-def _device_budget():
-  """Bytes that a table may take on a device: a quarter of its memory, 2 GiB where it does not say."""
-  stats = jax.local_devices()[0].memory_stats() or {}
-  return stats.get('bytes_limit', 8 << 30) // 4
+def place(images, budget=None):
+  """Where a table lies: on the 'device' if it takes at most `budget` bytes there, else on the 'host'.
+
+  The budget is a quarter of the device's memory by default, 2 GiB where it does not say.
+  """
+  if budget is None:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    budget = stats.get('bytes_limit', 8 << 30) // 4
+  return 'device' if images.nbytes <= budget else 'host'

@@ -1,6 +1,9 @@
 """The four-block convolutional network of the few-shot literature."""
 
+from typing import Any
+
 import flax.linen as nn
+import jax.numpy as jnp
 
 from metajax.errors import UserError
 from metajax.models import layers
@@ -17,6 +20,7 @@ class Conv4(nn.Module):
   num_outputs: int
   width: int = 64
   downsample: str = 'pool'
+  dtype: Any = None
 
   @nn.compact
   def __call__(self, x):
@@ -26,16 +30,20 @@ class Conv4(nn.Module):
       raise UserError(f'images of {x.shape[1]} x {x.shape[2]} pixels are too small to be pooled four times')
     for i in range(4):
       kernel = self.param(f'conv{i}', nn.initializers.glorot_uniform(), (3, 3, x.shape[-1], self.width))
-      x = layers.conv3x3(x, kernel, stride=1 if pool else 2)
-      x = layers.BatchNormReluPool(pool, name=f'norm{i}')(x)
+      x = layers.ConvBlock(self.downsample, dtype=self.dtype, name=f'norm{i}')(x, kernel)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     x = x.reshape(x.shape[0], -1) if pool else x.mean(axis=(1, 2))
     return nn.Dense(self.num_outputs, kernel_init=nn.initializers.glorot_uniform(), name='head')(x)
 
 
-def make(num_outputs, *, width=64, downsample='pool'):
-  """Conv4 of `width` filters; `downsample` is 'pool' (2x2 max pooling, flattened) or 'stride' (2, averaged)."""
+def make(num_outputs, *, width=64, downsample='pool', bfloat16=False):
+  """Conv4 of `width` filters.
+
+  `downsample` is 'pool' (2x2 max pooling, flattened) or 'stride' (2, averaged). `bfloat16` is for products and
+  activations of the four blocks; parameters, statistics and the head stay float32.
+  """
   if downsample not in ('pool', 'stride'):
     raise UserError(f"downsample is 'pool' or 'stride', not {downsample!r}")
   if width < 1:
     raise UserError(f'width = {width}: at least 1 is needed')
-  return Conv4(num_outputs, width, downsample)
+  return Conv4(num_outputs, width, downsample, jnp.bfloat16 if bfloat16 else None)

@@ -1,0 +1,108 @@
+"""The scripts of launch/ with stand-ins for what a cluster has; tests/test_multihost.py runs local.sh for real."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+LAUNCH = ROOT / 'launch'
+
+
+def stand_in(folder, name, script):
+  """A program of this name that notes how it was called, then runs `script`."""
+  path = folder / name
+  path.write_text(f'#!/usr/bin/env bash\necho {name} "$@" >>"{folder}/calls"\n{script}\n')
+  path.chmod(0o755)
+
+
+def run(folder, *command, stop=None, **environment):
+  """Runs a command with the stand-ins first on the path; returns its status and the calls."""
+  environment = {**os.environ, 'PATH': f'{folder}:{os.environ["PATH"]}', **environment}
+  process = subprocess.Popen(command, env=environment, cwd=folder)
+  if stop:
+    while not (folder / 'pid').exists():
+      time.sleep(0.05)
+    process.send_signal(stop)
+  return process.wait(60), (folder / 'calls').read_text().splitlines()
+
+
+UNTIL_TOLD = 'trap "exit 0" TERM; echo $$ >new && mv new pid; while :; do sleep 0.05; done'
+
+
+@pytest.mark.parametrize(
+  ('exits', 'restarts', 'requeued'), [(0, 0, False), (2, 0, False), (3, 0, True), (137, 0, True), (3, 5, False)]
+)
+def test_slurm_goes_on_with_a_run_that_lost_a_process(tmp_path, exits, restarts, requeued):
+  stand_in(tmp_path, 'srun', f'exit {exits}')
+  stand_in(tmp_path, 'scontrol', '')
+  status, calls = run(
+    tmp_path, 'bash', str(LAUNCH / 'slurm.sbatch'), '--config=a', '--workdir=b c',
+    SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID='7', SLURM_RESTART_COUNT=str(restarts),
+  )  # fmt: skip
+  assert status == exits and 'python -m metajax.main --config=a --workdir=b c' in calls[0]
+  assert calls[1:] == (['scontrol requeue 7'] if requeued else [])
+
+
+def test_slurm_saves_before_the_time_limit_and_goes_back_into_the_queue(tmp_path):
+  stand_in(tmp_path, 'srun', UNTIL_TOLD)
+  stand_in(tmp_path, 'scancel', 'kill -TERM $(cat pid)')
+  stand_in(tmp_path, 'scontrol', '')
+  environment = dict(SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID='7')
+  status, calls = run(tmp_path, 'bash', str(LAUNCH / 'slurm.sbatch'), stop=signal.SIGUSR1, **environment)
+  assert status == 0 and calls[1:] == ['scancel --signal=TERM 7.0', 'scontrol requeue 7']
+
+
+@pytest.fixture
+def job():
+  service, job = yaml.safe_load_all((LAUNCH / 'kubernetes.yaml').read_text())
+  assert (service['kind'], job['kind']) == ('Service', 'Job')
+  assert job['spec']['template']['spec']['subdomain'] == service['metadata']['name']
+  return job['spec']
+
+
+def test_kubernetes_numbers_agree(job):
+  [container] = job['template']['spec']['containers']
+  script = container['command'][2]
+  assert job['completionMode'] == 'Indexed' and job['template']['spec']['restartPolicy'] == 'Never'
+  assert job['completions'] == job['parallelism'] and f'--num_processes={job["parallelism"]} ' in script
+  assert job['podFailurePolicy']['rules'][0]['onExitCodes']['containerName'] == container['name']
+
+
+@pytest.mark.parametrize(
+  ('script', 'stop', 'tested', 'expected'),
+  [
+    ('exit 0', None, True, 0),
+    ('exit 2', None, False, 2),
+    ('exit 3', None, False, 3),
+    (UNTIL_TOLD, signal.SIGTERM, False, 3),  # saved and stopped: the job must not count as done
+    (UNTIL_TOLD, signal.SIGTERM, True, 0),
+  ],
+)
+def test_kubernetes_pod_ends_well_only_when_the_run_is_done(job, tmp_path, script, stop, tested, expected):
+  stand_in(tmp_path, 'python', script)
+  if tested:
+    (tmp_path / 'test.json').write_text('{}')
+  [container] = job['template']['spec']['containers']
+  status, calls = run(tmp_path, *container['command'], stop=stop, WORKDIR=str(tmp_path), JOB_COMPLETION_INDEX='1')
+  assert status == expected
+  assert calls[0].endswith('--coordinator=metajax-0.metajax:8476 --num_processes=2 --process_id=1')
+
+
+def test_local_sh_deals_out_the_gpus(tmp_path):
+  stand_in(tmp_path, 'python', 'echo $CUDA_VISIBLE_DEVICES >>"$(dirname "$0")/gpus"')
+  stand_in(tmp_path, 'nvidia-smi', 'printf "0\\n1\\n2\\n3\\n"')
+  local_sh = 'env', '-u', 'CUDA_VISIBLE_DEVICES', '-u', 'JAX_PLATFORMS', str(LAUNCH / 'local.sh')
+  status, calls = run(tmp_path, *local_sh, '-n', '2', '--config=a')
+  assert status == 0 and sorted(call[-1] for call in calls if 'metajax.main --config=a' in call) == ['0', '1']
+  assert sorted((tmp_path / 'gpus').read_text().split()) == ['0,1', '2,3']
+  assert run(tmp_path, *local_sh, '-n', '3')[0] == 2
+
+
+@pytest.mark.parametrize('script', ['local.sh', 'slurm.sbatch'])
+def test_scripts_parse(script):
+  subprocess.run(['bash', '-n', LAUNCH / script], check=True)
