@@ -97,7 +97,7 @@ def measure(config, data_dir, seconds):
   with contextlib.closing(pipeline.prefetch(make_batch, itertools.count(1), waits.append)) as batches:
     for step, local in batches:
       state, metrics = step_fn(state, constants, local)
-      in_flight.add(step, metrics)
+      in_flight.add(step, metrics, stop=False)
       if step == _WARM_UP:
         in_flight.settle()
         waits.clear()

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from metajax.errors import UserError
 
 _AXIS = 'devices'
-_CPU_CHUNK_ELEMENTS = 32768  # input values of a chunk that a core's cache copes with; 1 to 4 tasks of 28x28 images
+_CPU_CHUNK_ELEMENTS = 4096  # input values of a chunk on a CPU: one task of images, many of a few numbers
 
 
 def chunk_size(chunk, tasks, elements):
