@@ -87,3 +87,25 @@ def test_checkpoint_saves_memory_in_the_backward_pass():
     return compiled.memory_analysis().temp_size_in_bytes
 
   assert memory(checkpoint=True) < 0.5 * memory(checkpoint=False)
+
+
+@pytest.mark.parametrize('steps', [17, 20])  # a prime cannot be divided into groups
+def test_checkpoint_of_a_long_loop_is_the_loop_without(steps):
+  rates = jnp.linspace(0.01, 0.3, steps)
+
+  def after(w, rates, checkpoint):
+    fast, losses = inner_loop.sgd(lambda w: jnp.sum(jnp.sin(w) ** 2), w, rates, checkpoint=checkpoint)
+    return jnp.sum(fast) + jnp.sum(losses), (fast, losses)
+
+  both = [jax.grad(after, (0, 1), has_aux=True)(jnp.array([0.3, -0.8]), rates, c) for c in (True, False)]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *both)
+
+
+def test_checkpoint_keeps_few_copies_of_the_weights_of_a_long_loop():
+  size, steps = 1000, 100
+
+  def after(w):
+    return inner_loop.sgd(lambda w: jnp.sum(jnp.sin(w)), w, jnp.full(steps, 0.1), checkpoint=True)[0].sum()
+
+  compiled = jax.jit(jax.grad(after)).lower(jnp.ones(size)).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 0.4 * steps * 4 * size
