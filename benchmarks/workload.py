@@ -54,11 +54,13 @@ def add_options(parser):
 
 
 def from_options(options):
-  """The workloads asked for; what differs from a shape's own values becomes part of its name."""
+  """The workloads asked for; what differs from a shape's own values becomes part of its name. Before JAX is used."""
   changed = {k: v for k in Workload._fields if (v := getattr(options, k, None)) is not None}
   suffix = ','.join(f'{k}={"x".join(map(str, v)) if k == "image" else v}' for k, v in changed.items())
   name = (lambda shape: f'{shape}:{suffix}') if changed else str
-  return [SHAPES[shape]._replace(name=name(shape), **changed) for shape in options.shape.split(',')]
+  works = [SHAPES[shape]._replace(name=name(shape), **changed) for shape in options.shape.split(',')]
+  parallel.use_cores(works[0].tasks)  # as `metajax.main` does
+  return works
 
 
 def numbers(text):
