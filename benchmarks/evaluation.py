@@ -6,19 +6,18 @@ python -m benchmarks.evaluation [--json=FILE] [--shape=omniglot,mini] [--episode
 import argparse
 import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import workload
-from metajax import evaluate
+from metajax import evaluate, parallel, train
 
 
-def measure(work, episodes, rounds):
+def measure(work, orders, episodes, rounds):
   """Times both on the same shapes and inner steps.
 
   Args:
     work: Workload.
+    orders: of training: 2, 1 or both.
     episodes: of one evaluation; at most 100 are one dispatch.
     rounds: meta-updates of each order, and evaluations.
 
@@ -29,20 +28,16 @@ def measure(work, episodes, rounds):
   evaluate_fn = evaluate.make(
     experiment.evaluation, experiment.objective, experiment.sources['test'], episodes=episodes, seed=0
   )
-  steps = {order: workload.TrainStep(work, order=order) for order in (2, 1)}
-  state = steps[2].state
-  params, model_state = jax.tree.map(jnp.copy, (state.params, state.model_state))  # steps give their own away
+  steps = {order: workload.TrainStep(work, order=order) for order in orders}
+  state = parallel.replicate(train.init_state(experiment, seed=0))
 
   def evaluation():
     start = time.perf_counter()
-    evaluate_fn(params, model_state, experiment.resident)
+    evaluate_fn(state.params, state.model_state, experiment.resident)
     return time.perf_counter() - start
 
-  turns = {
-    'training, order 2': (work.tasks, lambda: steps[2]()[0]),
-    'training, order 1': (work.tasks, lambda: steps[1]()[0]),
-    'evaluation': (episodes, evaluation),
-  }
+  turns = {f'training, order {order}': (work.tasks, lambda step=step: step()[0]) for order, step in steps.items()}
+  turns['evaluation'] = episodes, evaluation
   seconds = {name: [] for name in turns}
   for number in range(rounds + 1):
     for name, (_, turn) in turns.items():
@@ -55,13 +50,14 @@ def measure(work, episodes, rounds):
 def main(argv=None):
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   workload.add_options(parser)
+  parser.add_argument('--order', type=workload.numbers, default=(2, 1), help='of training: 2, 1 or both')
   parser.add_argument('--episodes', type=int, default=20, help='of one evaluation')
   parser.add_argument('--rounds', type=int, default=10, help='timed turns of each')
   options = parser.parse_args(argv)
   works = workload.from_options(options)
   rows = []
   for work in works:
-    rates = measure(work, options.episodes, options.rounds)
+    rates = measure(work, options.order, options.episodes, options.rounds)
     ratio = rates['evaluation'] / max(rate for name, rate in rates.items() if name != 'evaluation')
     rows.append({'shape': work.name, 'tasks_per_second': rates, 'evaluation_to_training': ratio})
     readable = ', '.join(f'{name} {rate:.1f}' for name, rate in rates.items())

@@ -73,9 +73,11 @@ def measure(work, order, implementations, *, rounds, limit_s, torch_python, matm
           if answer := contestant.ask('step'):
             seconds[name].append(answer['seconds'])
     rows = [row(work, order, name, c, seconds[name], limit_s) for name, c in contestants.items()]
-  fastest = max((r['tasks_per_second'] for r in rows if r['implementation'] in rivals.TORCH), default=None)
+  rates = {r['implementation']: r['tasks_per_second'] for r in rows if not r['timed_out']}
+  fastest = max((rate for name, rate in rates.items() if name in rivals.TORCH), default=None)
   for r in rows:
-    r['ratio_to_fastest_torch'] = r['tasks_per_second'] and fastest and r['tasks_per_second'] / fastest
+    rate = rates.get(r['implementation'])
+    r['ratio_to_fastest_torch'] = rate / fastest if rate and fastest else None
   return rows, products
 
 
@@ -149,10 +151,10 @@ def main(argv=None):
   if not options.torch_python:
     implementations = [name for name in implementations if name not in rivals.TORCH]
     print('no --torch_python: without rows of PyTorch')
+  works = workload.from_options(options)
   matmul, flops = workload.matmul()
   matmul()
   rows, products = [], []
-  works = workload.from_options(options)
   for work in works:
     for order in options.order:
       some, more = measure(

@@ -43,7 +43,7 @@ class Rival:
       program = [torch_python, str(Path(__file__).parent / 'torch_maml.py')]
     else:
       program = [sys.executable, '-m', 'benchmarks.plain_maml']
-    self._name, self._limit_s = implementation, limit_s
+    self._name, self._limit_s, self._over = implementation, limit_s, False
     self._process = subprocess.Popen(
       [
         *program,
@@ -64,7 +64,7 @@ class Rival:
 
   def ask(self, command):
     """Sends 'step' or 'memory' and waits for the answer."""
-    if self._process.poll() is not None:
+    if self._over:
       return None
     self._process.stdin.write(f'{command}\n')
     self._process.stdin.flush()
@@ -88,6 +88,7 @@ class Rival:
     timer.cancel()
     if line:
       return json.loads(line)
-    if time.monotonic() - start < self._limit_s:
+    self._over = time.monotonic() - start >= self._limit_s
+    if not self._over:
       raise Failed(f'{self._name} ended without an answer, exit status {self._process.wait()}; its errors are above')
     return None

@@ -13,14 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax import evaluate, losses, optimizers, parallel, train
+from metajax import evaluate, keys, losses, optimizers, parallel, train
 from metajax.algorithms import maml
 from metajax.data.episodes import Source
 from metajax.models import conv4
 from metajax.types import Episode, Examples
 from metajax.weighting import uniform
-
-MEGABYTE = 1e6
 
 
 class Workload(NamedTuple):
@@ -50,16 +48,19 @@ def add_options(parser):
   for name in ('width', 'way', 'shot', 'query_shot', 'inner_steps', 'tasks'):
     parser.add_argument(f'--{name}', type=int)
   parser.add_argument('--inner_lr', type=float)
-  parser.add_argument('--json', help='file for the results')
+  parser.add_argument('--json', type=Path, help='file for the results')
 
 
 def from_options(options):
-  """The workloads asked for; what differs from a shape's own values becomes part of its name. Before JAX is used."""
+  """The workloads asked for; what differs from a shape's own values becomes part of its name.
+
+  To be called before JAX is first used: as in a run of metajax, each core becomes a device.
+  """
   changed = {k: v for k in Workload._fields if (v := getattr(options, k, None)) is not None}
   suffix = ','.join(f'{k}={"x".join(map(str, v)) if k == "image" else v}' for k, v in changed.items())
   name = (lambda shape: f'{shape}:{suffix}') if changed else str
   works = [SHAPES[shape]._replace(name=name(shape), **changed) for shape in options.shape.split(',')]
-  parallel.use_cores(works[0].tasks)  # as `metajax.main` does
+  parallel.use_cores(min(work.tasks for work in works))
   return works
 
 
@@ -140,7 +141,7 @@ def make_experiment(workload, *, order=2, checkpoint=False):
     weighting=uniform.make(),
     tx=optimizers.make(1),
     evaluation=algorithm,
-    example=jnp.zeros(episodes.support.inputs.shape[1:]),
+    example=np.zeros(episodes.support.inputs.shape[1:], np.float32),
   )
 
 
@@ -153,7 +154,7 @@ class TrainStep:
     self.chunk = parallel.chunk_size('auto', workload.tasks, evaluate.elements(source))
     step = functools.partial(train.train_step, experiment=experiment, tasks=workload.tasks)
     self._inputs = (
-      (experiment.resident, parallel.replicate(jax.random.key(0))),
+      (experiment.resident, parallel.replicate(keys.from_seed(0))),
       parallel.lay_out(source.sample(0, workload.tasks), workload.tasks, self.chunk),
     )
     self.state = parallel.replicate(train.init_state(experiment, seed=0))
@@ -163,8 +164,8 @@ class TrainStep:
 
   @property
   def temp_mb(self):
-    """Megabytes that the program needs besides its arguments and results, by XLA's account."""
-    return self._compiled.memory_analysis().temp_size_in_bytes / MEGABYTE
+    """Megabytes that the program needs besides its arguments and results, by XLA's account, on all devices."""
+    return jax.local_device_count() * self._compiled.memory_analysis().temp_size_in_bytes / 1e6
 
   def __call__(self):
     """Returns seconds and metrics of one meta-update."""
@@ -209,7 +210,7 @@ def write_json(path, *, rows, works, **fields):
   if path:
     settings = {work.name: work._asdict() for work in works}
     results = {**fields, 'rows': rows, 'workloads': settings, 'environment': environment()}
-    Path(path).write_text(json.dumps(results, indent=1) + '\n')
+    path.write_text(json.dumps(results, indent=2) + '\n')
 
 
 def _processor():
