@@ -47,9 +47,11 @@ def use_cores(tasks):
   """Makes each core of a CPU a device of its own, as far as there are tasks; to be called before JAX is first used.
 
   Two cores that work on a task each are half as fast again as both on one task after the other. An image table costs
-  no more: CPU devices share the memory that it is mapped to. $JAX_NUM_CPU_DEVICES has precedence.
+  no more: CPU devices share the memory that it is mapped to. Whoever sets $JAX_NUM_CPU_DEVICES, or the flag of XLA that
+  was there before it, has precedence.
   """
-  if 'JAX_NUM_CPU_DEVICES' not in os.environ:
+  flag = 'xla_force_host_platform_device_count'
+  if 'JAX_NUM_CPU_DEVICES' not in os.environ and flag not in os.environ.get('XLA_FLAGS', ''):
     with contextlib.suppress(RuntimeError):  # in use already, by whoever called this as a library
       jax.config.update('jax_num_cpu_devices', max(1, min(len(os.sched_getaffinity(0)), tasks)))
 

@@ -239,3 +239,24 @@ def test_mean_over_tasks_leaves_the_filling_out(tasks, chunk):
 if __name__ == '__main__':
   results = {'devices': jax.local_device_count(), '1': next(steps(1)), 'auto': next(steps('auto'))}
   pathlib.Path(sys.argv[1]).write_text(json.dumps(results | {'evaluation': evaluation(1)}))
+
+
+@pytest.mark.parametrize(
+  ('environment', 'tasks', 'expected'),
+  [
+    ({}, 4, [3]),
+    ({}, 2, [2]),
+    ({'JAX_NUM_CPU_DEVICES': '1'}, 4, []),
+    ({'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}, 4, []),
+  ],
+)
+def test_each_core_becomes_a_device_unless_the_environment_decides(monkeypatch, environment, tasks, expected):
+  updates = []
+  for name in ('JAX_NUM_CPU_DEVICES', 'XLA_FLAGS'):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(parallel.os, 'sched_getaffinity', lambda process: {0, 1, 2})
+  monkeypatch.setattr(jax.config, 'update', lambda name, value: updates.append(value))
+  parallel.use_cores(tasks)
+  assert updates == expected
