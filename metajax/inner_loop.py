@@ -28,7 +28,7 @@ def sgd(loss_fn, params, rates, *, first_order=False, checkpoint=False):
     rates: (steps,) step sizes; its length is the number of steps.
     first_order: drop second derivatives (FOMAML).
     checkpoint: keep only the weights between steps for the backward pass and compute the rest again: the memory of
-      one step instead of all, for about a third more time. From 16 steps on the weights too are kept between groups of
+      one step instead of all, for about a third more time. From 9 steps on the weights too are kept between groups of
       steps only, and within one group at a time: of n steps about 2 sqrt(n) copies, for one more forward pass.
 
   Returns:
@@ -39,9 +39,9 @@ def sgd(loss_fn, params, rates, *, first_order=False, checkpoint=False):
     return jax.lax.scan(step, params, rates)
   take_steps = functools.partial(jax.lax.scan, jax.checkpoint(step))
   steps = len(rates)
-  if steps < 16:
+  group = max((d for d in range(1, math.isqrt(steps) + 1) if steps % d == 0), default=1)
+  if steps < 9 or group == 1:  # a prime number of steps has no groups
     return take_steps(params, rates)
-  group = max(d for d in range(1, math.isqrt(steps) + 1) if steps % d == 0)
   params, losses = jax.lax.scan(jax.checkpoint(take_steps), params, rates.reshape(-1, group))
   return params, losses.reshape(-1)
 

@@ -11,10 +11,11 @@ as long as it sees one task at a time. Elsewhere everything is one batched matri
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 500_000  # values that an operand of one block has: 2 MB of float32, what a CPU core's cache holds
+_BLOCK = 250_000  # values that an operand of one block has: 1 MB of float32, half of what a CPU core's cache holds
 
 
 @jax.custom_vjp
@@ -70,7 +71,7 @@ def _correlate(x, g):
   features = g.shape[-1]
 
   def by_patches(x, g):
-    return (_patches(x, 3).reshape(-1, 9 * c).T @ g.reshape(-1, features)).reshape(3, 3, c, features)
+    return _transposed_times(_patches(x, 3).reshape(-1, 9 * c), g.reshape(-1, features)).reshape(3, 3, c, features)
 
   def crosswise(x, g):
     # Entry (i, j) pairs x shifted by i rows with g shifted by j columns the other way: three copies of each, and one
@@ -79,7 +80,7 @@ def _correlate(x, g):
     g = jnp.pad(g, ((0, 0), (0, 0), (1, 1), (0, 0)))
     x = jnp.concatenate([x[:, i : i + h] for i in range(3)], axis=-1).reshape(-1, 3 * c)
     g = jnp.concatenate([g[:, :, 2 - j : 2 - j + w] for j in range(3)], axis=-1).reshape(-1, 3 * features)
-    return (x.T @ g).reshape(3, c, 3, features).swapaxes(1, 2)
+    return _transposed_times(x, g).reshape(3, c, 3, features).swapaxes(1, 2)
 
   method, copied = (by_patches, 9 * c) if 2 * c < features else (crosswise, 3 * (c + features))
   return _sum_over_blocks(method, h * w * copied, x, g)
@@ -181,113 +182,189 @@ def _at(position, a, b, c, d):
   return jnp.where(position < 2, jnp.where(position == 0, a, b), jnp.where(position == 2, c, d))
 
 
-# Convolution of a few channels and pooling in one. Such a layer, the first of a network, moves memory rather than
+# Convolution of a few channels, pooling and ReLU in one. Such a layer, the first of a network, moves memory rather than
 # computes: its output before pooling is by far the largest array. Here that output exists only block by block. The
 # four pixels of a pooling window become four groups of outputs of one 4x4 convolution with stride 2, so that a block is
-# one product of a matrix of patches, which is the same at every inner step, and pooling a maximum over the groups.
+# one product of a matrix of patches, and pooling a maximum over the groups. All that a derivative needs besides is the
+# position of each maximum, 0..3, or 4 where ReLU made it zero.
 
 
-def pooling_patches(x):
-  """4x4 windows with stride 2 of (n, h, w, c), h and w even, padded by one pixel: (n * h // 2 * w // 2, 16 * c)."""
-  return _patches(x, 4, stride=2).reshape(-1, 16 * x.shape[-1])
+def squares(x):
+  """(n, h, w, c), h and w even, padded by one pixel and cut into squares of 2x2: (n, h / 2 + 1, w / 2 + 1, 4 * c)."""
+  n, h, w, c = x.shape
+  x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(n, h // 2 + 1, 2, w // 2 + 1, 2, c)
+  return x.swapaxes(2, 3).reshape(n, h // 2 + 1, w // 2 + 1, 4 * c)
 
 
 def pooling_kernel(kernel):
   """The kernel (3, 3, c, features) at the four pixels of a pooling window: (16 * c, 4 * features)."""
   c, features = kernel.shape[2:]
   placed = [jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i in range(2) for j in range(2)]
-  return jnp.stack(placed, axis=3).reshape(16 * c, 4 * features)
+  placed = jnp.stack(placed, axis=3).reshape(2, 2, 2, 2, c, 4 * features)  # row and column: which square, and in it
+  return placed.transpose(0, 2, 1, 3, 4, 5).reshape(16 * c, 4 * features)
 
 
-def second_moments(patches, mean):
-  """The covariance matrix (k, k) of the rows of patches (rows, k) around `mean` (k,)."""
-  product = _sum_over_blocks(lambda p: (p - mean).T @ (p - mean), 2 * patches.shape[1], patches)
-  return product / patches.shape[0]
+def patch_moments(squares):
+  """Mean (16 * c,) and covariance matrix (16 * c, 16 * c) of the patches that `pooling_kernel` is multiplied with."""
+  shift = jnp.mean(squares[0], axis=(0, 1))  # anything near the mean, so that the difference below loses no digits
+
+  def sums(squares):
+    patches = _pooling_patches(squares - shift)
+    return jnp.sum(patches, axis=0), _transposed_times(patches, patches)
+
+  rows = squares[:, 1:, 1:, 0].size
+  mean, products = (s / rows for s in _sum_over_blocks(sums, 2 * _patch_values(squares), squares))
+  return mean + jnp.tile(shift, 4), products - jnp.outer(mean, mean)
 
 
-def top_of_product(patches, kernel, sign):
-  """Of patches (rows, k) times kernel (k, 4 * features) the top of the four groups, see `top2x2`: (rows, features)."""
-  return _top_product(patches, kernel, sign)[0]
+def pooled_relu(squares, kernel, bias):
+  """ReLU of the 2x2 maximum of a convolution plus `bias` (features,).
+
+  Args:
+    squares: `squares(x)` of images x (n, h, w, c).
+    kernel: `pooling_kernel(kernel)` of the kernel.
+
+  Returns:
+    (n, h / 2, w / 2, features).
+  """
+  return _pooled_relu(squares, kernel, bias)[0]
+
+
+def _pooling_patches(squares):
+  """(rows, 16 * c): each two by two squares, 4x4 pixels."""
+  h, w = squares.shape[1] - 1, squares.shape[2] - 1
+  shifted = [squares[:, i : i + h, j : j + w] for i in range(2) for j in range(2)]
+  return jnp.concatenate(shifted, axis=-1).reshape(-1, 4 * squares.shape[-1])
+
+
+def _patch_values(squares):
+  """How many values the patches of one image have."""
+  return 4 * squares[0, 1:, 1:].size
+
+
+def _groups(squares, kernel):
+  """The four pixels of each pooling window, each (n, h, w, features)."""
+  n, h, w = squares.shape[:3]
+  products = (_pooling_patches(squares) @ kernel).reshape(n, h - 1, w - 1, 4, -1)
+  return [products[..., i, :] for i in range(4)]
 
 
 @jax.custom_vjp
-def _top_product(patches, kernel, sign):
-  def of_block(patches):
-    groups = jnp.split(patches @ kernel, 4, axis=-1)
-    position = _first_maximum(*(sign * group for group in groups))
-    return _at(position, *groups), position
+def _pooled_relu(squares, kernel, bias):
+  def of_block(squares):
+    groups = _groups(squares, kernel)
+    position = _first_maximum(*groups)
+    value = nn.relu(_at(position, *groups) + bias).astype(squares.dtype)
+    return value, jnp.where(value > 0, position, 4).astype(jnp.uint8)
 
-  return _map_blocks(of_block, kernel.shape[1], patches)
-
-
-@jax.custom_vjp
-def _take_product(patches, kernel, position):
-  return _map_blocks(
-    lambda p, position: _at(position, *jnp.split(p @ kernel, 4, -1)), kernel.shape[1], patches, position
-  )
+  return _map_blocks(of_block, _product_values(squares, kernel), squares)
 
 
 @jax.custom_vjp
-def _product_gradient(patches, g, position):
-  """The transpose of `_take_product` in its kernel, (k, 4 * features)."""
-  return _sum_over_blocks(lambda p, g, at: p.T @ _spread(g, at), 4 * g.shape[1], patches, g, position)
+def _take_product(squares, kernel, bias, position):
+  def of_block(squares, position):
+    value = _at(position, *_groups(squares, kernel)) + bias
+    return jnp.where(position < 4, value, 0).astype(squares.dtype)
+
+  return _map_blocks(of_block, _product_values(squares, kernel), squares, position)
+
+
+@jax.custom_vjp
+def _product_gradient(squares, g, position):
+  """The transpose of `_take_product` in kernel and bias."""
+
+  def of_block(squares, g, position):
+    spread = _spread(g, position)
+    kernel = _transposed_times(_pooling_patches(squares), spread)
+    bias = jnp.sum(spread, axis=0, dtype=jnp.promote_types(spread.dtype, jnp.float32))
+    return kernel, bias.reshape(4, -1).sum(axis=0)
+
+  return _sum_over_blocks(of_block, 4 * g[0].size, squares, g, position)
+
+
+def _product_values(squares, kernel):
+  """How many values the product with the kernel has for one image."""
+  return squares[0, 1:, 1:, 0].size * kernel.shape[1]
 
 
 def _spread(g, position):
-  """Entries (rows, features) in their group, zeros in the others: (rows, 4 * features)."""
+  """Entries (n, h, w, features) in their group, zeros in the others: (n * h * w, 4 * features)."""
+  g, position = (x.reshape(-1, x.shape[-1]) for x in (g, position))
   return jnp.concatenate([jnp.where(position == i, g, 0) for i in range(4)], axis=-1)
 
 
-def _top_product_forward(patches, kernel, sign):
-  entries, position = _top_product(patches, kernel, sign)
-  return (entries, position), (patches, kernel, position)
+def _squares_gradient(squares, kernel, g, position):
+  """The transpose of `_take_product` in squares."""
+  return jax.vjp(_pooling_patches, squares)[1](_spread(g, position) @ kernel.T)[0]
+
+
+def _pooled_relu_forward(squares, kernel, bias):
+  value, position = _pooled_relu(squares, kernel, bias)
+  return (value, position), (squares, kernel, position)
 
 
 def _product_backward(saved, g):
-  patches, kernel, position = saved
-  return _spread(g, position) @ kernel.T, _product_gradient(patches, g, position), None
+  squares, kernel, position = saved
+  return _squares_gradient(squares, kernel, g, position), *_product_gradient(squares, g, position)
 
 
-_top_product.defvjp(_top_product_forward, lambda saved, g: _product_backward(saved, g[0]))
+_pooled_relu.defvjp(_pooled_relu_forward, lambda saved, g: _product_backward(saved, g[0]))
 _take_product.defvjp(
-  lambda patches, kernel, position: (_take_product(patches, kernel, position), (patches, kernel, position)),
-  _product_backward,
+  lambda squares, kernel, bias, position: (_take_product(squares, kernel, bias, position), (squares, kernel, position)),
+  lambda saved, g: (*_product_backward(saved, g), None),
 )
 _product_gradient.defvjp(
-  lambda patches, g, position: (_product_gradient(patches, g, position), (patches, g, position)),
-  lambda saved, h: (_spread(*saved[1:]) @ h.T, _take_product(saved[0], h, saved[2]), None),
+  lambda squares, g, position: (_product_gradient(squares, g, position), (squares, g, position)),
+  lambda saved, h: (
+    _squares_gradient(saved[0], h[0], *saved[1:]),
+    _take_product(saved[0], *h, saved[2]),
+    None,
+  ),
 )
+
+
+def _transposed_times(a, b):
+  """a.T @ b, without a copy of a that is transposed."""
+  return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())))
 
 
 def _map_blocks(function, per_row, *arrays):
   """`function` of blocks of rows of `arrays`, put together; `per_row` values of a block's largest array a row."""
-  blocks = _blocks(arrays[0].shape[0], per_row)
+  blocks, rows = _blocks(arrays[0].shape[0], per_row)
   if blocks == 1:
     return function(*arrays)
-  results = jax.lax.map(lambda block: function(*block), _cut(arrays, blocks))
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+
+  def put(i, results):
+    new = function(*_block(i, rows, arrays))
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i * rows, 0), results, new)
+
+  like = jax.eval_shape(lambda: function(*_block(0, rows, arrays)))
+  zeros = jax.tree.map(lambda s: jnp.zeros((blocks * rows, *s.shape[1:]), s.dtype), like)
+  return jax.lax.fori_loop(0, blocks, put, zeros)
 
 
 def _sum_over_blocks(function, per_row, *arrays):
-  """The sum of an array that `function` makes of each block of rows of `arrays`."""
-  blocks = _blocks(arrays[0].shape[0], per_row)
+  """The sum of what `function` makes of each block of rows of `arrays`."""
+  blocks, rows = _blocks(arrays[0].shape[0], per_row)
   if blocks == 1:
     return function(*arrays)
-  cut = _cut(arrays, blocks)
-  first = jax.eval_shape(function, *(x[0] for x in cut))
 
-  def add(total, block):
-    return total + function(*block), None
+  def add(i, total):
+    return jax.tree.map(jnp.add, total, function(*_block(i, rows, arrays)))
 
-  return jax.lax.scan(add, jnp.zeros(first.shape, first.dtype), cut)[0]
+  like = jax.eval_shape(lambda: function(*_block(0, rows, arrays)))
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), like)
+  return jax.tree.map(lambda s, x: x.astype(s.dtype), like, jax.lax.fori_loop(0, blocks, add, zeros))
 
 
 def _blocks(rows, per_row):
-  """How many equal blocks to cut into: on a CPU the fewest that fit into a cache."""
+  """Into how many equal blocks to cut, and the rows of each: on a CPU the fewest that fit into a cache."""
   if jax.default_backend() != 'cpu':
-    return 1
-  return next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * per_row <= _BLOCK or n == rows))
+    return 1, rows
+  blocks = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * per_row <= _BLOCK or n == rows))
+  return blocks, rows // blocks
 
 
-def _cut(arrays, blocks):
-  return [x.reshape(blocks, -1, *x.shape[1:]) for x in arrays]
+def _block(i, rows, arrays):
+  # Sliced where they are: `scan` over reshaped arrays would have XLA copy them first, to change nothing but strides.
+  return [jax.lax.dynamic_slice_in_dim(x, i * rows, rows) for x in arrays]

@@ -26,8 +26,9 @@ class BatchNorm(nn.Module):
   def __call__(self, x):
     """Maps (n, h, w, features) to the same shape."""
     scale, bias = _affine(self, x.shape[-1])
-    mean, var = _chosen_statistics(self, x.shape[-1], lambda: _statistics(x))
-    return (x - mean) * (scale / jnp.sqrt(var + self.epsilon)) + bias
+    statistics = _chosen_statistics(self, x.shape[-1], lambda: _statistics(x))
+    factor, summand = _factor_and_summand(statistics, scale, bias, self.epsilon)
+    return x * factor + summand
 
 
 class ConvBlock(nn.Module):
@@ -53,20 +54,22 @@ class ConvBlock(nn.Module):
     features = kernel.shape[-1]
     scale, bias = _affine(self, features)
     dtype = self.dtype or jnp.promote_types(x.dtype, kernel.dtype)
-    sign = jnp.where(scale >= 0, 1, -1).astype(dtype)
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
-    n, h, w, c = x.shape
+    x, h, w = x.astype(dtype), *x.shape[1:3]
 
-    if self.downsample == 'pool' and c <= _FEW_CHANNELS and h % 2 == w % 2 == 0:
-      patches, kernel = convolution.pooling_patches(x), convolution.pooling_kernel(kernel)
-      mean, var = _chosen_statistics(self, features, lambda: _product_statistics(patches, kernel))
-      x = convolution.top_of_product(patches, kernel, sign).reshape(n, h // 2, w // 2, features)
-    else:
-      x = convolution.strided_conv3x3(x, kernel) if self.downsample == 'stride' else convolution.conv3x3(x, kernel)
-      mean, var = _chosen_statistics(self, features, lambda: _statistics(x))
-      if self.downsample == 'pool':
-        x = convolution.top2x2(x, sign)
-    return nn.relu((x - mean) * (scale / jnp.sqrt(var + self.epsilon)) + bias).astype(dtype)
+    if self.downsample == 'pool' and x.shape[-1] <= _FEW_CHANNELS and h % 2 == w % 2 == 0:
+      x = convolution.squares(x)
+      statistics = _chosen_statistics(self, features, lambda: _product_statistics(x, kernel.astype(dtype)))
+      factor, summand = _factor_and_summand(statistics, scale, bias, self.epsilon)
+      kernel = convolution.pooling_kernel((kernel * factor).astype(dtype))
+      return convolution.pooled_relu(x, kernel, summand).astype(dtype)
+
+    kernel = kernel.astype(dtype)
+    x = convolution.strided_conv3x3(x, kernel) if self.downsample == 'stride' else convolution.conv3x3(x, kernel)
+    statistics = _chosen_statistics(self, features, lambda: _statistics(x))
+    if self.downsample == 'pool':
+      x = convolution.top2x2(x, jnp.where(scale >= 0, 1, -1).astype(dtype))
+    factor, summand = _factor_and_summand(statistics, scale, bias, self.epsilon)
+    return nn.relu(x * factor + summand).astype(dtype)
 
 
 def _affine(module, features):
@@ -95,17 +98,24 @@ def _statistics(x):
   return mean, jnp.maximum(jnp.mean(jnp.square(x), axis=(0, 1, 2)) - jnp.square(mean), 0)
 
 
-def _product_statistics(patches, kernel):
-  """Mean and variance of all outputs of patches (rows, k) times kernel (k, 4 * features), without the product.
+def _product_statistics(squares, kernel):
+  """Mean and variance of all outputs of a convolution with the kernel (3, 3, c, features), without computing them.
 
   With the patches' mean m and covariance C, an output of weights k has mean m k and variance k' C k.
   """
-  patches, kernel = _at_least_float32(patches), _at_least_float32(kernel)
-  center = jnp.mean(patches, axis=0)
+  kernel = convolution.pooling_kernel(_at_least_float32(kernel))
+  center, covariance = convolution.patch_moments(_at_least_float32(squares))
   means = (center @ kernel).reshape(4, -1)
-  variances = jnp.sum(kernel * (convolution.second_moments(patches, center) @ kernel), axis=0).reshape(4, -1)
+  variances = jnp.sum(kernel * (covariance @ kernel), axis=0).reshape(4, -1)
   mean = jnp.mean(means, axis=0)
   return mean, jnp.mean(variances + jnp.square(means - mean), axis=0)
+
+
+def _factor_and_summand(statistics, scale, bias, epsilon):
+  """Normalisation as x * factor + summand, (features,) each: fewer passes over x than with its mean taken off first."""
+  mean, var = statistics
+  factor = scale / jnp.sqrt(var + epsilon)
+  return factor, bias - mean * factor
 
 
 def _at_least_float32(x):
