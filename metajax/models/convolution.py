@@ -206,15 +206,18 @@ def pooling_kernel(kernel):
 
 def patch_moments(squares):
   """Mean (16 * c,) and covariance matrix (16 * c, 16 * c) of the patches that `pooling_kernel` is multiplied with."""
-  shift = jnp.mean(squares[0], axis=(0, 1))  # anything near the mean, so that the difference below loses no digits
+  # Moments around a value near the mean, so that the difference at the end loses no digits.
+  near = jnp.mean(squares[0], axis=(0, 1))
 
   def sums(squares):
-    patches = _pooling_patches(squares - shift)
-    return jnp.sum(patches, axis=0), _transposed_times(patches, patches)
+    squares = squares - near
+    patches = _pooling_patches(squares)
+    return jnp.sum(squares, axis=0, keepdims=True), _transposed_times(patches, patches)
 
-  rows = squares[:, 1:, 1:, 0].size
-  mean, products = (s / rows for s in _sum_over_blocks(sums, 2 * _patch_values(squares), squares))
-  return mean + jnp.tile(shift, 4), products - jnp.outer(mean, mean)
+  squares_sum, products = _sum_over_blocks(sums, 2 * _patch_values(squares), squares)
+  n, h, w = squares.shape[0], squares.shape[1] - 1, squares.shape[2] - 1
+  mean = jnp.mean(_pooling_patches(squares_sum), axis=0) / n
+  return mean + jnp.tile(near, 4), products / (n * h * w) - jnp.outer(mean, mean)
 
 
 def pooled_relu(squares, kernel, bias):
