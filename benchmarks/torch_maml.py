@@ -12,6 +12,7 @@ or `memory`, is answered by one.
 
 import argparse
 import ctypes
+import functools
 import json
 import resource
 import sys
@@ -84,8 +85,8 @@ def torch_loop(params, batch, options):
   return total / tasks, torch._foreach_div(sums, tasks)
 
 
-def torch_vmap(params, batch, options):
-  """Loss and meta-gradient by torch.func, all tasks at once."""
+def of_task(options):
+  """A function of weights and one task's batch to meta-gradient and loss, by torch.func."""
 
   def outer_loss(params, support_inputs, support_targets, query_inputs, query_targets):
     fast = params
@@ -96,8 +97,32 @@ def torch_vmap(params, batch, options):
       fast = [p - options.inner_lr * g for p, g in zip(fast, grads, strict=True)]
     return loss_fn(fast, query_inputs, query_targets)
 
-  grads, losses = torch.func.vmap(torch.func.grad_and_value(outer_loss), in_dims=(None, 0, 0, 0, 0))(params, *batch)
+  return torch.func.grad_and_value(outer_loss)
+
+
+def torch_vmap(params, batch, options):
+  """Loss and meta-gradient by torch.func, all tasks at once."""
+  all_tasks = torch.func.vmap(of_task(options), in_dims=(None, 0, 0, 0, 0))
+  grads, losses = all_tasks(params, *batch)
   return losses.mean(), [g.mean(0) for g in grads]
+
+
+@functools.cache
+def compiled(order, steps, inner_lr):
+  return torch.compile(of_task(argparse.Namespace(order=order, steps=steps, inner_lr=inner_lr)), fullgraph=True)
+
+
+@torch.no_grad()
+def torch_compile(params, batch, options):
+  """Loss and meta-gradient by torch.func and torch.compile, task by task."""
+  function = compiled(options.order, options.steps, options.inner_lr)
+  total, sums = 0.0, [torch.zeros_like(p) for p in params]
+  for task in zip(*batch, strict=True):
+    grads, loss = function(params, *task)
+    torch._foreach_add_(sums, list(grads))
+    total += loss
+  tasks = len(batch[0])
+  return total / tasks, torch._foreach_div(sums, tasks)
 
 
 def resident_mb():
@@ -113,7 +138,7 @@ def peak_mb():
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  implementations = {'torch_loop': torch_loop, 'torch_vmap': torch_vmap}
+  implementations = {f.__name__: f for f in (torch_loop, torch_vmap, torch_compile)}
   parser.add_argument('--implementation', choices=implementations, required=True)
   parser.add_argument('--order', type=int, choices=(1, 2), default=2)
   parser.add_argument('--inputs', required=True)
