@@ -51,6 +51,7 @@ def main():
   parser.add_argument('--budget', type=int, default=256)
   parser.add_argument('--seconds', type=float, default=20)
   arguments = parser.parse_args()
+  parallel.use_cores(4)  # as a run does; the smallest meta-batch below has so many tasks
   results = []
   print('table               size  placement  device holds     batch       step   waiting')
   with tempfile.TemporaryDirectory() as folder:
