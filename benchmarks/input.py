@@ -100,12 +100,12 @@ def measure(config, data_dir, seconds):
       state, metrics = step_fn(state, constants, local)
       in_flight.add(step, metrics, stop=False)
       if step == _WARM_UP:
+        device_bytes = sum(x.nbytes for x in jax.live_arrays())
         in_flight.settle()
         waits.clear()
         start = time.perf_counter()
       elif step > _WARM_UP and time.perf_counter() > start + seconds:
         break
-      device_bytes = max(device_bytes, sum(x.nbytes for x in jax.live_arrays()))
     in_flight.settle()
     elapsed = time.perf_counter() - start
   return {

@@ -87,7 +87,7 @@ def check_agreement(greetings):
   Raises:
     ValueError: a loss or a gradient norm differs, so what is timed is not the same work.
   """
-  first, reference = next(iter(greetings.items()))
+  first, reference = next(iter(greetings.items()), (None, None))
   for name, greeting in greetings.items():
     for key, tolerance in (('loss', LOSS_TOLERANCE), ('grad_norm', NORM_TOLERANCE)):
       if not np.isclose(greeting[key], reference[key], rtol=tolerance, atol=0):

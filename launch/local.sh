@@ -25,7 +25,7 @@ fi
 gpus=()
 if [[ ${JAX_PLATFORMS:-} != cpu ]]; then
   if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-    IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+    [[ $CUDA_VISIBLE_DEVICES == -1 ]] || IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
   elif command -v nvidia-smi >/dev/null; then
     mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -x '[0-9]*')
   fi
@@ -41,7 +41,7 @@ pids=()
 forward() {
   kill "-$1" "${pids[@]}" 2>/dev/null
 }
-trap 'forward TERM' TERM
+trap 'forward TERM' TERM HUP
 trap 'forward INT' INT
 set -m # else bash has what runs in the background ignore SIGINT
 for ((k = 0; k < processes; k++)); do

@@ -39,11 +39,13 @@ def sgd(loss_fn, params, rates, *, first_order=False, checkpoint=False):
     return jax.lax.scan(step, params, rates)
   take_steps = functools.partial(jax.lax.scan, jax.checkpoint(step))
   steps = len(rates)
-  group = max((d for d in range(1, math.isqrt(steps) + 1) if steps % d == 0), default=1)
-  if steps < 9 or group == 1:  # a prime number of steps has no groups
+  if steps < 9:
     return take_steps(params, rates)
-  params, losses = jax.lax.scan(jax.checkpoint(take_steps), params, rates.reshape(-1, group))
-  return params, losses.reshape(-1)
+  group = math.isqrt(steps)
+  grouped = steps // group * group
+  params, losses = jax.lax.scan(jax.checkpoint(take_steps), params, rates[:grouped].reshape(-1, group))
+  params, last = take_steps(params, rates[grouped:])
+  return params, jnp.concatenate([losses.reshape(-1), last])
 
 
 def sgd_trajectory(loss_fn, params, rates):

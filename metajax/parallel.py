@@ -12,6 +12,7 @@ import contextlib
 import functools
 import math
 import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +22,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from metajax.errors import UserError
 
 _AXIS = 'devices'
-_CPU_CHUNK_ELEMENTS = 4096  # input values of a chunk on a CPU: one task of images, many of a few numbers
+# Input values of a chunk: on a CPU one task of images, many of a few numbers; elsewhere ten tasks of mini-ImageNet.
+_CPU_CHUNK_ELEMENTS, _CHUNK_ELEMENTS = 4096, 2**24
 
 
 def chunk_size(chunk, tasks, elements):
   """How many tasks a `vmap` takes at once.
 
   Args:
-    chunk: a number, or 'auto': on a CPU what its cache holds, elsewhere all tasks of a device.
+    chunk: a number, or 'auto': on a CPU what its cache holds, elsewhere what its memory does.
     tasks: in the meta-batch.
     elements: input values of one task.
 
@@ -37,7 +39,7 @@ def chunk_size(chunk, tasks, elements):
   """
   local = math.ceil(tasks / jax.device_count())
   if chunk == 'auto':
-    chunk = max(1, _CPU_CHUNK_ELEMENTS // elements) if jax.default_backend() == 'cpu' else local
+    chunk = max(1, (_CPU_CHUNK_ELEMENTS if jax.default_backend() == 'cpu' else _CHUNK_ELEMENTS) // elements)
   elif not str(chunk).isdecimal() or int(chunk) < 1:
     raise UserError(f"config.chunk is 'auto' or a number of tasks, not {chunk!r}")
   return math.ceil(local / math.ceil(local / min(int(chunk), local)))  # the most even chunks of at most this size
@@ -53,7 +55,16 @@ def use_cores(tasks):
   flag = 'xla_force_host_platform_device_count'
   if 'JAX_NUM_CPU_DEVICES' not in os.environ and flag not in os.environ.get('XLA_FLAGS', ''):
     with contextlib.suppress(RuntimeError):  # in use already, by whoever called this as a library
-      jax.config.update('jax_num_cpu_devices', max(1, min(len(os.sched_getaffinity(0)), tasks)))
+      jax.config.update('jax_num_cpu_devices', max(1, min(_cores(), tasks)))
+
+
+def _cores():
+  """How many cores this process may use: a container's share can be less than what it sees."""
+  cores = len(os.sched_getaffinity(0))
+  with contextlib.suppress(OSError, ValueError):
+    quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
+    cores = min(cores, math.ceil(int(quota) / int(period)))  # 'max' is none
+  return cores
 
 
 def own_tasks(tasks, chunk):

@@ -153,7 +153,11 @@ def start(place):
       coordinator_bind_address=place.coordinator if host in ('localhost', '127.0.0.1') else None,
     )
   except jax.errors.JaxRuntimeError as error:
-    raise UserError(f'--coordinator={place.coordinator}: {str(error).splitlines()[0]}') from None
+    reason = f'--coordinator={place.coordinator}: {str(error).splitlines()[0]}'
+    if place.index == 0:
+      raise UserError(reason) from None
+    # Such as a process 0 that is still there from before this process was lost and started again.
+    _exit(LOST, f'metajax: {reason}')
   _watch = _Watch(place, distributed.global_state.client)
   jax.devices()  # all come together for this a last time
   deadline.cancel()

@@ -39,6 +39,7 @@ class Profile:
     if not self._first <= number <= self.last:
       return function(*arguments)
     if not self._running:
+      jax.block_until_ready(arguments)  # else the trace has the end of the meta-updates before
       jax.profiler.start_trace(self._folder)
       self._running = True
     with jax.profiler.StepTraceAnnotation('meta-update', step_num=number):

@@ -228,6 +228,7 @@ def train(config, experiment, workdir, checkpoints, stop):
   if done >= total:
     print(f'{workdir} is trained to step {done} already')
     return
+  processes.on_first(workdir_lib.forget_test, workdir)
 
   source = experiment.sources['train']
   chunk = parallel.chunk_size(config.chunk, tasks, evaluate.elements(source))

@@ -103,3 +103,8 @@ def read_config(workdir):
 def keep_config(workdir, config):
   """Writes `config.json`: from now on the workdir belongs to this config."""
   write_atomically(Path(workdir) / 'config.json', config_lib.to_json(config))
+
+
+def forget_test(workdir):
+  """Removes the `test.json` of a shorter run, so that there is one when this one is done and not before."""
+  (Path(workdir) / 'test.json').unlink(missing_ok=True)

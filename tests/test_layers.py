@@ -93,6 +93,31 @@ def test_vmap_over_tasks_is_a_loop_over_tasks(shared):
   assert_same(ours, derivatives(in_a_loop, x, kernel))
 
 
+# Each task with weights of its own and with the images of all; an odd size; few channels and many.
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+@pytest.mark.parametrize('shape', [(4, 6, 3), (5, 4, 5)])
+def test_blocks_under_vmap_are_those_of_a_loop_with_all_their_derivatives(monkeypatch, backend, shape):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  x, kernel = draw(0, 2, 3, *shape), draw(1, 2, 3, 3, shape[-1], 4)
+
+  def vmapped(x, kernel, scale):
+    return jax.vmap(lambda *pair: block('pool', *pair, scale, BIAS))(x, kernel)
+
+  def looped(x, kernel, scale):
+    return jnp.stack([plain_block('pool', x[i], kernel[i], scale, BIAS) for i in range(2)])
+
+  ours, plain = (derivatives(f, x, kernel, SCALE) for f in (vmapped, looped))
+  assert_same(ours, plain, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize('channels', [3, 5])
+def test_statistics_of_nearly_constant_inputs_are_sound_in_float32(channels):
+  with jax.enable_x64(False):
+    x, kernel = (100 + 0.01 * draw(0, 4, 6, 6, channels)).astype(np.float32), draw(1, 3, 3, channels, 4)
+    gradient = jax.jit(jax.grad(lambda k: jnp.sum(block('pool', x, k, SCALE, BIAS) ** 2)))
+    assert np.isfinite(gradient(kernel.astype(np.float32))).all()
+
+
 @pytest.mark.parametrize(('size', 'pooled'), [((6, 5), (3, 2)), ((7, 4), (3, 2))])
 def test_max_pool_is_that_of_flax_and_drops_odd_edges(size, pooled):
   x = draw(0, 2, *size, 3)

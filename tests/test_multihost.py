@@ -198,7 +198,15 @@ def test_a_mistake_that_all_find_is_told_once(shared_cache, tmp_path):
   assert errors.count('\n') == 1 and 'only 6 classes' in errors
 
 
-def test_when_process_0_is_killed_the_other_says_so(shared_cache, tmp_path):
+def assert_goes_on(shared_cache, workdir):
+  """The run goes on, without a gap in what it has written."""
+  steps = steps_done(workdir)
+  one_process(shared_cache, *SETTINGS, f'--workdir={workdir}', *ENDLESS, f'--config.total_steps={steps + 3}')
+  records = [json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert sorted(set(records)) == list(range(1, steps + 4))
+
+
+def test_when_process_0_is_killed_the_other_says_so_and_the_run_goes_on(shared_cache, tmp_path):
   workdir = tmp_path / 'run'
   run = pair(shared_cache, *SETTINGS, f'--workdir={workdir}', *ENDLESS)
   wait_for_steps(workdir, 3, run)
@@ -210,6 +218,7 @@ def test_when_process_0_is_killed_the_other_says_so(shared_cache, tmp_path):
   assert output == ''
   line = errors.splitlines()[-1]
   assert line.startswith('metajax: process 0 of 2 (on 127.0.0.1) has died') and 'run the same command again' in line
+  assert_goes_on(shared_cache, workdir)
 
 
 def test_local_sh_forwards_signals(shared_cache, tmp_path):
@@ -232,10 +241,7 @@ def test_when_another_process_is_killed_process_0_ends_within_a_minute_and_the_r
   assert status == processes.LOST and seconds < 60
   assert errors.count('\n') == 1 and errors.startswith('metajax: process 1 of 2 (on ') and 'has died' in errors
   assert 'run the same command again' in errors
-  steps = steps_done(workdir)
-  one_process(shared_cache, *SETTINGS, f'--workdir={workdir}', *ENDLESS, f'--config.total_steps={steps + 3}')
-  records = [json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  assert sorted(set(records)) == list(range(1, steps + 4))
+  assert_goes_on(shared_cache, workdir)
 
 
 SLURM = {

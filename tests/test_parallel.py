@@ -186,9 +186,12 @@ def test_chunk_size_is_the_most_even_within_what_is_asked(monkeypatch, devices, 
 
 
 @pytest.mark.parametrize(
-  ('backend', 'elements', 'expected'), [('cpu', 1, 12), ('cpu', 4096 // 4, 4), ('cpu', 10**9, 1), ('gpu', 10**9, 12)]
+  ('backend', 'elements', 'expected'),
+  [('cpu', 1, 12), ('cpu', 4096 // 4, 4), ('cpu', 10**9, 1), ('gpu', 10**6, 12), ('gpu', 2**22, 4)],
 )
-def test_automatic_chunks_are_small_on_a_cpu_and_elsewhere_take_all(monkeypatch, backend, elements, expected):
+def test_automatic_chunks_are_small_on_a_cpu_and_elsewhere_as_large_as_memory_allows(
+  monkeypatch, backend, elements, expected
+):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
   assert parallel.chunk_size('auto', 12, elements) == expected

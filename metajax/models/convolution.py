@@ -1,15 +1,13 @@
 """3x3 convolution and 2x2 max pooling that stay fast with weights of one's own per task, at every order of derivative.
 
 XLA has slow spots here: an ordinary convolution under `vmap` over tasks becomes a grouped one, its gradients reverse
-windows, and the gradient of `reduce_window` is a scatter. The functions below are closed under differentiation: every
-derivative, of any order, is one of them again, and each is a plain convolution, a matrix product, or an elementwise
-pass. Reverse mode only, as `jax.custom_vjp` has it: `jax.grad` of `jax.grad` is fine, `jax.jvp` is not.
+windows, and the gradient of `reduce_window` is a scatter. Below, every derivative of any order is a plain convolution,
+a matrix product or an elementwise pass: those of `conv3x3`, pooling and `pooled_relu` are again functions of the same
+few. Reverse mode only, as `jax.custom_vjp` has it: `jax.grad` of `jax.grad` is fine, `jax.jvp` is not.
 
 What suits a CPU is to work in blocks that its cache holds, and its convolution is faster than patches times a matrix
 as long as it sees one task at a time. Elsewhere everything is one batched matrix product.
 """
-
-import functools
 
 import flax.linen as nn
 import jax
@@ -126,12 +124,13 @@ def max_pool2x2(x):
 
 def top2x2(x, sign):
   """2x2 pooling of (n, h, w, c) that keeps the maximum where `sign` (c,) is 1, the minimum where it is -1."""
-  return _top(x, sign)[0]
+  h, w = x.shape[1:3]
+  return _top(x[:, : h // 2 * 2, : w // 2 * 2], sign)[0]
 
 
 @jax.custom_vjp
 def _top(x, sign):
-  """The kept entries and their positions, each (n, h // 2, w // 2, c)."""
+  """The kept entries and their positions, each (n, h / 2, w / 2, c); h and w are even."""
   windows = _windows(x)
   position = _first_maximum(*(sign * entry for entry in windows))
   return _at(position, *windows), position
@@ -142,34 +141,27 @@ def _take(x, position):
   return _at(position, *_windows(x))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _put(g, position, size):
+@jax.custom_vjp
+def _put(g, position):
   n, h, w, c = g.shape
   place = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
-  x = jnp.where(position[:, :, None, :, None] == place, g[:, :, None, :, None], 0).reshape(n, 2 * h, 2 * w, c)
-  return jnp.pad(x, ((0, 0), (0, size[0] - 2 * h), (0, size[1] - 2 * w), (0, 0)))
+  return jnp.where(position[:, :, None, :, None] == place, g[:, :, None, :, None], 0).reshape(n, 2 * h, 2 * w, c)
 
 
 def _top_forward(x, sign):
   entries, position = _top(x, sign)
-  return (entries, position), (position, x.shape[1:3])
+  return (entries, position), position
 
 
-_top.defvjp(_top_forward, lambda saved, g: (_put(g[0], *saved), None))
-_take.defvjp(
-  lambda x, position: (_take(x, position), (position, x.shape[1:3])),
-  lambda saved, g: (_put(g, *saved), None),
-)
-_put.defvjp(
-  lambda g, position, size: (_put(g, position, size), position),
-  lambda size, position, x: (_take(x, position), None),
-)
+_top.defvjp(_top_forward, lambda position, g: (_put(g[0], position), None))
+_take.defvjp(lambda x, position: (_take(x, position), position), lambda position, g: (_put(g, position), None))
+_put.defvjp(lambda g, position: (_put(g, position), position), lambda position, x: (_take(x, position), None))
 
 
 def _windows(x):
-  """The four entries of each window, (n, h // 2, w // 2, c) each."""
+  """The four entries of each window of x, whose sizes are even: (n, h / 2, w / 2, c) each."""
   n, h, w, c = x.shape
-  x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
+  x = x.reshape(n, h // 2, 2, w // 2, 2, c)
   return [x[:, :, i, :, j] for i in range(2) for j in range(2)]
 
 
@@ -183,7 +175,7 @@ def _at(position, a, b, c, d):
 
 
 # Convolution of a few channels, pooling and ReLU in one. Such a layer, the first of a network, moves memory rather than
-# computes: its output before pooling is by far the largest array. Here that output exists only block by block. The
+# computes: its output before pooling is by far the largest array. On a CPU that output exists only block by block. The
 # four pixels of a pooling window become four groups of outputs of one 4x4 convolution with stride 2, so that a block is
 # one product of a matrix of patches, and pooling a maximum over the groups. All that a derivative needs besides is the
 # position of each maximum, 0..3, or 4 where ReLU made it zero.
@@ -212,7 +204,7 @@ def patch_moments(squares):
   def sums(squares):
     squares = squares - near
     patches = _pooling_patches(squares)
-    return jnp.sum(squares, axis=0, keepdims=True), _transposed_times(patches, patches)
+    return jnp.sum(squares, axis=0, keepdims=True), _transposed_times(patches, patches, precision='highest')
 
   squares_sum, products = _sum_over_blocks(sums, 2 * _patch_values(squares), squares)
   n, h, w = squares.shape[0], squares.shape[1] - 1, squares.shape[2] - 1
@@ -326,9 +318,9 @@ _product_gradient.defvjp(
 )
 
 
-def _transposed_times(a, b):
+def _transposed_times(a, b, precision=None):
   """a.T @ b, without a copy of a that is transposed."""
-  return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())))
+  return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision)
 
 
 def _map_blocks(function, per_row, *arrays):

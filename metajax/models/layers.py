@@ -105,10 +105,10 @@ def _product_statistics(squares, kernel):
   """
   kernel = convolution.pooling_kernel(_at_least_float32(kernel))
   center, covariance = convolution.patch_moments(_at_least_float32(squares))
-  means = (center @ kernel).reshape(4, -1)
-  variances = jnp.sum(kernel * (covariance @ kernel), axis=0).reshape(4, -1)
+  means = jnp.matmul(center, kernel, precision='highest').reshape(4, -1)
+  variances = jnp.sum(kernel * jnp.matmul(covariance, kernel, precision='highest'), axis=0).reshape(4, -1)
   mean = jnp.mean(means, axis=0)
-  return mean, jnp.mean(variances + jnp.square(means - mean), axis=0)
+  return mean, jnp.maximum(jnp.mean(variances + jnp.square(means - mean), axis=0), 0)
 
 
 def _factor_and_summand(statistics, scale, bias, epsilon):
