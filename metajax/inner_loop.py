@@ -1,7 +1,6 @@
 """Differentiable gradient descent on one task, shared by every gradient-based learner."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +36,17 @@ def sgd(loss_fn, params, rates, *, first_order=False, checkpoint=False):
   step = _sgd_step(loss_fn, first_order)
   if not checkpoint:
     return jax.lax.scan(step, params, rates)
-  take_steps = functools.partial(jax.lax.scan, jax.checkpoint(step))
+  # Inside a loop nothing else could be made one with what is computed again, so there is nothing to prevent.
+  take_steps = functools.partial(jax.lax.scan, jax.checkpoint(step, prevent_cse=False))
   steps = len(rates)
   if steps < 9:
     return take_steps(params, rates)
-  group = math.isqrt(steps)
+  # A rest of one step would be no loop, and XLA could compute it while it still has the memory of what follows.
+  group = min((size for size in range(2, steps) if steps % size != 1), key=lambda size: steps // size + size)
   grouped = steps // group * group
-  params, losses = jax.lax.scan(jax.checkpoint(take_steps), params, rates[:grouped].reshape(-1, group))
+  params, losses = jax.lax.scan(
+    jax.checkpoint(take_steps, prevent_cse=False), params, rates[:grouped].reshape(-1, group)
+  )
   params, last = take_steps(params, rates[grouped:])
   return params, jnp.concatenate([losses.reshape(-1), last])
 

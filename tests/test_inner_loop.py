@@ -89,7 +89,7 @@ def test_checkpoint_saves_memory_in_the_backward_pass():
   assert memory(checkpoint=True) < 0.5 * memory(checkpoint=False)
 
 
-@pytest.mark.parametrize('steps', [17, 20])  # a prime cannot be divided into groups
+@pytest.mark.parametrize('steps', [17, 20])  # with a rest after the groups, and without
 def test_checkpoint_of_a_long_loop_is_the_loop_without(steps):
   rates = jnp.linspace(0.01, 0.3, steps)
 
