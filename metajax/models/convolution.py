@@ -206,10 +206,10 @@ def patch_moments(squares):
     patches = _pooling_patches(squares)
     return jnp.sum(squares, axis=0, keepdims=True), _transposed_times(patches, patches, precision='highest')
 
-  squares_sum, products = _sum_over_blocks(sums, 2 * _patch_values(squares), squares)
-  n, h, w = squares.shape[0], squares.shape[1] - 1, squares.shape[2] - 1
+  n, pixels, values = squares.shape[0], _pooled_pixels(squares), 4 * squares.shape[-1]
+  squares_sum, products = _sum_over_blocks(sums, 2 * pixels * values, squares)
   mean = jnp.mean(_pooling_patches(squares_sum), axis=0) / n
-  return mean + jnp.tile(near, 4), products / (n * h * w) - jnp.outer(mean, mean)
+  return mean + jnp.tile(near, 4), products / (n * pixels) - jnp.outer(mean, mean)
 
 
 def pooled_relu(squares, kernel, bias):
@@ -232,9 +232,9 @@ def _pooling_patches(squares):
   return jnp.concatenate(shifted, axis=-1).reshape(-1, 4 * squares.shape[-1])
 
 
-def _patch_values(squares):
-  """How many values the patches of one image have."""
-  return 4 * squares[0, 1:, 1:].size
+def _pooled_pixels(squares):
+  """How many pixels, and so patches, one image has after pooling."""
+  return (squares.shape[1] - 1) * (squares.shape[2] - 1)
 
 
 def _groups(squares, kernel):
@@ -252,7 +252,7 @@ def _pooled_relu(squares, kernel, bias):
     value = nn.relu(_at(position, *groups) + bias).astype(squares.dtype)
     return value, jnp.where(value > 0, position, 4).astype(jnp.uint8)
 
-  return _map_blocks(of_block, _product_values(squares, kernel), squares)
+  return _map_blocks(of_block, _pooled_pixels(squares) * kernel.shape[1], squares)
 
 
 @jax.custom_vjp
@@ -261,7 +261,7 @@ def _take_product(squares, kernel, bias, position):
     value = _at(position, *_groups(squares, kernel)) + bias
     return jnp.where(position < 4, value, 0).astype(squares.dtype)
 
-  return _map_blocks(of_block, _product_values(squares, kernel), squares, position)
+  return _map_blocks(of_block, _pooled_pixels(squares) * kernel.shape[1], squares, position)
 
 
 @jax.custom_vjp
@@ -275,11 +275,6 @@ def _product_gradient(squares, g, position):
     return kernel, bias.reshape(4, -1).sum(axis=0)
 
   return _sum_over_blocks(of_block, 4 * g[0].size, squares, g, position)
-
-
-def _product_values(squares, kernel):
-  """How many values the product with the kernel has for one image."""
-  return squares[0, 1:, 1:, 0].size * kernel.shape[1]
 
 
 def _spread(g, position):
