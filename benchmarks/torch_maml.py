@@ -85,16 +85,16 @@ def torch_loop(params, batch, options):
   return total / tasks, torch._foreach_div(sums, tasks)
 
 
-def of_task(options):
+def of_task(order, steps, inner_lr):
   """A function of weights and one task's batch to meta-gradient and loss, by torch.func."""
 
   def outer_loss(params, support_inputs, support_targets, query_inputs, query_targets):
     fast = params
-    for _ in range(options.steps):
+    for _ in range(steps):
       grads = torch.func.grad(loss_fn)(fast, support_inputs, support_targets)
-      if options.order == 1:
+      if order == 1:
         grads = [g.detach() for g in grads]
-      fast = [p - options.inner_lr * g for p, g in zip(fast, grads, strict=True)]
+      fast = [p - inner_lr * g for p, g in zip(fast, grads, strict=True)]
     return loss_fn(fast, query_inputs, query_targets)
 
   return torch.func.grad_and_value(outer_loss)
@@ -102,14 +102,14 @@ def of_task(options):
 
 def torch_vmap(params, batch, options):
   """Loss and meta-gradient by torch.func, all tasks at once."""
-  all_tasks = torch.func.vmap(of_task(options), in_dims=(None, 0, 0, 0, 0))
+  all_tasks = torch.func.vmap(of_task(options.order, options.steps, options.inner_lr), in_dims=(None, 0, 0, 0, 0))
   grads, losses = all_tasks(params, *batch)
   return losses.mean(), [g.mean(0) for g in grads]
 
 
 @functools.cache
 def compiled(order, steps, inner_lr):
-  return torch.compile(of_task(argparse.Namespace(order=order, steps=steps, inner_lr=inner_lr)), fullgraph=True)
+  return torch.compile(of_task(order, steps, inner_lr), fullgraph=True)
 
 
 @torch.no_grad()

@@ -54,14 +54,14 @@ kernel_gradient.defvjp(
 
 def strided_conv3x3(x, kernel):
   """3x3 convolution with stride 2 and one pixel of zero padding: (n, h, w, c) to (n, ceil(h / 2), ceil(w / 2), f)."""
-  return _patches(x, 3, stride=2) @ kernel.reshape(-1, kernel.shape[-1])
+  return _patches(x, stride=2) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _convolve(x, kernel):
   if jax.default_backend() == 'cpu':
     dims = ('NHWC', 'HWIO', 'NHWC')
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=dims)
-  return _patches(x, 3) @ kernel.reshape(-1, kernel.shape[-1])
+  return _patches(x) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _correlate(x, g):
@@ -69,7 +69,7 @@ def _correlate(x, g):
   features = g.shape[-1]
 
   def by_patches(x, g):
-    return _transposed_times(_patches(x, 3).reshape(-1, 9 * c), g.reshape(-1, features)).reshape(3, 3, c, features)
+    return _transposed_times(_patches(x).reshape(-1, 9 * c), g.reshape(-1, features)).reshape(3, 3, c, features)
 
   def crosswise(x, g):
     # Entry (i, j) pairs x shifted by i rows with g shifted by j columns the other way: three copies of each, and one
@@ -84,13 +84,11 @@ def _correlate(x, g):
   return _sum_over_blocks(method, h * w * copied, x, g)
 
 
-def _patches(x, size, stride=1):
-  """Windows of (n, h, w, c) padded by one pixel: (n, h', w', size * size * c), ordered as a kernel's rows."""
-  h, w = x.shape[1] + 2 - size + 1, x.shape[2] + 2 - size + 1
+def _patches(x, stride=1):
+  """3x3 windows of (n, h, w, c) padded by one pixel: (n, h', w', 9 * c), ordered as a kernel's rows."""
+  h, w = x.shape[1:3]
   x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  return jnp.concatenate(
-    [x[:, i : i + h : stride, j : j + w : stride] for i in range(size) for j in range(size)], axis=-1
-  )
+  return jnp.concatenate([x[:, i : i + h : stride, j : j + w : stride] for i in range(3) for j in range(3)], axis=-1)
 
 
 def _per_task(function, foldable=False):
