@@ -50,7 +50,7 @@ _EVAL = dict(
   query_shot=int,
 )
 _PACKAGES = {  # where a group's `name` is looked for, and what builds it there
-  'data': ('metajax.data', 'load'),
+  'data': ('metajax.datasets', 'load'),
   'model': ('metajax.models', 'make'),
   'algorithm': ('metajax.algorithms', 'make'),
   'weighting': ('metajax.weighting', 'make'),

@@ -45,7 +45,7 @@ def test_complete_is_idempotent_and_survives_json():
     (dict(algorithm=dict(name='mamal')), "there is no 'mamal'; did you mean 'maml'"),
     (dict(model=dict(width=3)), 'config.model.name is missing'),
     (dict(data=dict(name='glyphs', way=5, query_shot=1, tasks=1)), 'config.data.shot is missing'),
-    (dict(data=dict(name='episodes')), r'has no load\(\)'),
+    (dict(data=dict(name='metajax.data.episodes')), r'has no load\(\)'),
     (dict(model=3), 'group of settings'),
   ],
 )

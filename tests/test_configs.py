@@ -9,8 +9,9 @@ from PIL import Image
 
 from metajax import config as config_lib
 from metajax import main
-from metajax.data import mini_imagenet, table
-from metajax.data import omniglot as omniglot_data
+from metajax.data import table
+from metajax.datasets import mini_imagenet
+from metajax.datasets import omniglot as omniglot_data
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from metajax.data import episodes, pipeline, sinusoid
+from metajax.data import episodes, pipeline
 from metajax.data.table import ClassTable
+from metajax.datasets import sinusoid
 from metajax.errors import UserError
 
 COUNTS = np.array([7, 5, 9, 6, 8, 5])  # of the table's classes

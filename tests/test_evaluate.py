@@ -9,8 +9,9 @@ from scipy import stats
 
 from metajax import evaluate, losses, parallel
 from metajax.algorithms import maml
-from metajax.data import episodes, sinusoid
+from metajax.data import episodes
 from metajax.data.table import ClassTable
+from metajax.datasets import sinusoid
 from metajax.models import mlp
 from metajax.types import Algorithm
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metajax.data import folder, table
+from metajax.data import table
+from metajax.datasets import folder
 from metajax.errors import UserError
 
 

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from metajax.data import glyphs
+from metajax.datasets import glyphs
 from metajax.errors import UserError
 
 

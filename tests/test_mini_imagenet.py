@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metajax.data import mini_imagenet, table
+from metajax.data import table
+from metajax.datasets import mini_imagenet
 from metajax.errors import UserError
 
 WNIDS = {split: list(classes) for split, classes in mini_imagenet._lists().items()}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metajax.data import download, omniglot, table
+from metajax.data import download, table
+from metajax.datasets import omniglot
 from metajax.errors import UserError
 
 REAL = pathlib.Path(

@@ -18,7 +18,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from metajax.data import folder, table, unpickle
+from metajax.data import table, unpickle
+from metajax.datasets import folder
 from metajax.errors import UserError
 
 _log = logging.getLogger(__name__)
