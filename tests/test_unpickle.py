@@ -1,8 +1,8 @@
 import base64
 import collections
-import io
 import os
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -22,8 +22,9 @@ PYTHON_2 = (
 )
 
 
-def test_python_2_pickle():
-  content = unpickle.load(io.BytesIO(PYTHON_2))
+def test_python_2_pickle(tmp_path):
+  (tmp_path / 'x.pkl').write_bytes(PYTHON_2)
+  content = unpickle.load(tmp_path / 'x.pkl')
   np.testing.assert_array_equal(content['image_data'], IMAGES)
   assert content['class_dict'] == {'n01': [0, 1]}
 
@@ -47,7 +48,44 @@ def test_arrays_and_containers_of_every_protocol(tmp_path, protocol):
 def test_numpy_1_names(tmp_path):
   new = pickle.dumps(IMAGES, protocol=2)
   assert b'numpy._core.' in new
-  np.testing.assert_array_equal(unpickle.load(io.BytesIO(new.replace(b'numpy._core.', b'numpy.core.'))), IMAGES)
+  (tmp_path / 'x.pkl').write_bytes(new.replace(b'numpy._core.', b'numpy.core.'))
+  np.testing.assert_array_equal(unpickle.load(tmp_path / 'x.pkl'), IMAGES)
+
+
+@pytest.mark.parametrize('protocol', [3, 4, 5])
+def test_arrays_stay_in_the_file(tmp_path, protocol):
+  """Also where one is held twice, lies in columns, or is a plain string of bytes."""
+  large = np.random.default_rng(0).integers(0, 256, (40, 100_000), np.uint8)
+  content = [large, np.asfortranarray(large[:, :300]), large[0].tobytes(), large[:0], {'again': large}]
+  with open(tmp_path / 'x.pkl', 'wb') as file:
+    pickle.dump(content, file, protocol=protocol)
+  tracemalloc.start()
+  loaded = unpickle.load(tmp_path / 'x.pkl')
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 500_000, peak
+  for expected, actual in zip(content[:2] + content[3:4], loaded[:2] + loaded[3:4], strict=True):
+    assert actual.dtype == np.uint8 and not (actual.size and actual.flags.writeable)
+    np.testing.assert_array_equal(actual, expected)
+  assert bytes(loaded[2]) == content[2] and loaded[4]['again'] is loaded[0]
+
+
+@pytest.mark.parametrize(
+  'content',
+  [
+    b'\x80\x02c__builtin__\nbytes\n\x8a\x06\x00\x00\x00\x00\x00\x01\x85R.',  # bytes(2**40)
+    b'\x80\x05\x96' + (1 << 40).to_bytes(8, 'little') + b'.',  # a bytearray of 2**40
+    b'\x80\x04\x8d' + (1 << 40).to_bytes(8, 'little') + b'.',  # a text of 2**40 bytes
+  ],
+)
+def test_no_memory_for_what_the_file_has_not(tmp_path, content):
+  path = tmp_path / 'bomb.pkl'
+  path.write_bytes(content)
+  tracemalloc.start()
+  with pytest.raises(UserError, match=r'bomb.pkl is damaged .*(cut short|bytes of a size)'):
+    unpickle.load(path)
+  assert tracemalloc.get_traced_memory()[1] < 1_000_000
+  tracemalloc.stop()
 
 
 class Call:

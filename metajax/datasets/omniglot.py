@@ -1,159 +1,160 @@
 """Omniglot (Lake et al. 2015): 1623 handwritten characters of 50 alphabets, 20 images each. MIT licence."""
 
 import collections
-import contextlib
 import functools
-import io
 import json
+import os
 import pathlib
-import zipfile
-import zlib
 
-from PIL import ImageChops
+import numpy as np
+from PIL import ImageOps
 
-from metajax.data import download, table
+from metajax.data import containers, images, source, table
+from metajax.data.download import Remote
 from metajax.errors import UserError
 
-_ARCHIVES = {  # size in bytes and SHA-256 of the official archives
-  'images_background': (9464212, 'ad41ab679c8b5d90b271ef46be6987cc81211774a695c29dcc5367b2b26ee640'),
-  'images_evaluation': (6462886, '1f61a8f3366785b057fc117d9228e78a16e3d976c8953b2a10fcc74cf0609cee'),
-}
-_MIRRORS = (
-  'https://github.com/brendenlake/omniglot/raw/master/python',
-  'https://raw.githubusercontent.com/brendenlake/omniglot/master/python',
-)
 _DRAWERS = 20
+_MIRRORS = (
+  'https://github.com/brendenlake/omniglot/raw/master/python/',
+  'https://raw.githubusercontent.com/brendenlake/omniglot/master/python/',
+)
 
 
-def load(data_dir, *, size=28, split='vinyals', rotations=('train', 'val', 'test')):
-  """Loads Omniglot, with ink 255 on paper 0, resized as torchmeta does (inverted, then PIL's bilinear filter).
-
-  Tried in order: the converted table; `images_background.zip` and `images_evaluation.zip`, or the folders of these
-  names, in `data_dir` or `data_dir/omniglot`; a download of the official archives into `data_dir`.
+def load(data_dir, *, size=28, split='vinyals', split_seed=0, rotations=('train', 'val', 'test'), resample='bilinear'):
+  """Loads Omniglot, with ink 255 on paper 0.
 
   Args:
-    data_dir: str, where archives lie or are downloaded to; need not exist.
+    data_dir: str; `python -m metajax.data --list` says what may lie there. Need not exist: the original archives are
+      downloaded to it.
     size: side in pixels.
-    split: 'vinyals' (1028 / 172 / 423 characters, Vinyals et al. 2016 as published by Snell et al. 2017) or 'lake'
-      (background 964 as train, evaluation 659 as test, no val).
+    split: by characters,
+      'vinyals': 1028 / 172 / 423 (Vinyals et al. 2016 as published by Snell et al. 2017),
+      'lake': the background set of 964 as train, the evaluation set of 659 as test, no val,
+      'meta_dataset': 883 / 81 / 659, the 5 smallest background alphabets as val (Triantafillou et al. 2020),
+      'maml++': 1150 / 50 / 423 at random by the seed (Antoniou et al. 2019, whose configs have seed 0),
+      'random': 1100 / 100 / 423 at random by the seed, as in MAML's paper, whose own draw is not known.
+    split_seed: of the last two.
     rotations: the splits in which every character turned by 90, 180 and 270 degrees counts as three more classes:
       character c of C is class c, c + C, c + 2C and c + 3C. All three is the protocol of Vinyals et al. and Snell et
       al. (4112 / 688 / 1692 classes); torchmeta's descendants leave the test split unturned, which is harder.
+    resample: Pillow's filter. 'bilinear', on inverted images of 8 bits, is torchmeta's; learn2learn has 'lanczos';
+      what was resized as 1-bit images, as in MAML++ and in Snell et al.'s code, comes out as with 'nearest'.
 
   Returns:
-    split -> ClassTable with images (32460, size, size, 1).
+    split -> ClassTable with images (32460, size, size, 1), and alphabets as superclasses.
 
   Raises:
-    UserError: an option is unknown; an archive is damaged or is not Omniglot; the download failed.
+    UserError: an option is unknown; what is there is damaged or another data set; the download failed.
   """
-  splits = _splits()
-  if split not in splits:
-    raise UserError(f'omniglot has no split {split!r}; choose one of {", ".join(splits)}')
-  splits = splits[split]
+  if split not in _SPLITS:
+    raise UserError(f'omniglot has no split {split!r}; choose one of {", ".join(_SPLITS)}')
   if unknown := set(rotations) - {'train', 'val', 'test'}:
     raise UserError(f'omniglot rotations name {sorted(unknown)}; the splits are train, val, test')
-
-  key = f'omniglot-{size}'
-  images = table.open_table(key) or _convert(key, data_dir, size)
-  turns = {name: range(4) if name in rotations else range(1) for name in splits}
-  return table.class_tables(images, {s: [(c, k) for k in turns[s] for c in names] for s, names in splits.items()})
+  result = source.obtain(dataset(), data_dir, images.Rendering(size, 'L', resample))
+  there, turns = set(result.names), {True: range(4), False: range(1)}
+  splits = {s: [c for c in names if c in there] for s, names in _SPLITS[split](split_seed).items()}
+  return table.class_tables(
+    result, {s: [(c, k) for k in turns[s in rotations] for c in n] for s, n in splits.items() if n}
+  )
 
 
 @functools.cache
-def _alphabets():
+def dataset():
+  """What there is to know about Omniglot."""
+  halves = 'images_background', 'images_evaluation'
+  return source.Dataset(
+    name='omniglot',
+    title='Omniglot',
+    places=('omniglot', 'omniglot_dataset', 'omniglot_resized', ''),
+    formats=(
+      _folders(*halves),
+      _folders('images_all'),
+      _folders('data'),
+      _folders(''),
+      containers.hdf5(['data.hdf5'], lambda path: path.partition('/')[2] if path.startswith(halves) else None),
+    ),
+    archives=(tuple(f'{half}.zip' for half in halves), ('omniglot.tar.gz',), ('omniglot.zip',)),
+    downloads=(
+      _remote(halves[0], 9464212, 'ad41ab679c8b5d90b271ef46be6987cc81211774a695c29dcc5367b2b26ee640'),
+      _remote(halves[1], 6462886, '1f61a8f3366785b057fc117d9228e78a16e3d976c8953b2a10fcc74cf0609cee'),
+    ),
+    counts=dict.fromkeys(_characters(), _DRAWERS),
+    superclasses={name: name.split('/')[0] for name in _characters()},
+  )
+
+
+def _remote(half, size, sha256):
+  return Remote(f'{half}.zip', tuple(f'{mirror}{half}.zip' for mirror in _MIRRORS), sha256=sha256, size=size)
+
+
+def _folders(*tops):
+  """Images in `<top>/<alphabet>/<character>/`, of all the tops."""
+
+  def find(folder):
+    bases = [os.path.join(folder, top) for top in tops]
+    found = [
+      [f'{a}/{c}' for a in images.list_folders(base) for c in images.list_folders(os.path.join(base, a))]
+      for base in bases
+    ]
+    if not all(_characters().keys() & set(names) for names in found):
+      return []
+    return [
+      path
+      for base, names in zip(bases, found, strict=True)
+      for c in names
+      for path in images.list_images(os.path.join(base, c))
+    ]
+
+  def read(paths, scratch):
+    del scratch
+    classes = collections.defaultdict(list)
+    for path in paths:
+      classes['/'.join(pathlib.PurePath(path).parts[-3:-1])].append(images.File(path))
+    return source.Contents(classes, transform=lambda image: ImageOps.invert(image.convert('L')))
+
+  return source.Format(
+    'images in ' + ' and '.join(os.path.join(top, '<alphabet>/<character>/') for top in tops), find, read
+  )
+
+
+@functools.cache
+def _lists():
   return json.loads(pathlib.Path(__file__).with_name('splits').joinpath('omniglot.json').read_text())
 
 
+@functools.cache
 def _characters():
   """Name of each character, `Alphabet/characterNN` -> its number 1..1623 in the original files."""
-  alphabets = _alphabets()['alphabets']  # name -> number of its first character, how many it has
+  alphabets = _lists()['alphabets']  # name -> number of its first character, how many it has
   return {f'{a}/character{k + 1:02d}': first + k for a, (first, count) in alphabets.items() for k in range(count)}
 
 
-def _splits():
-  """'vinyals' or 'lake' -> split -> sorted names of its characters."""
+def _listed(kind, seed):
+  """A published split: split -> sorted names of its characters."""
+  del seed
   members = collections.defaultdict(list)  # a split lists characters, or alphabets for all of theirs
   for name in _characters():
     members[name] = [name]
     members[name.split('/')[0]].append(name)
-  splits = {kind: _alphabets()[kind] for kind in ('vinyals', 'lake')}
-  return {
-    kind: {split: sorted(c for entry in entries for c in members[entry]) for split, entries in of_kind.items()}
-    for kind, of_kind in splits.items()
-  }
+  return {split: sorted(c for entry in entries for c in members[entry]) for split, entries in _lists()[kind].items()}
 
 
-def _convert(key, data_dir, size):
-  found, source = {}, []
-  with contextlib.ExitStack() as stack:
-    for half, split in (('images_background', 'train'), ('images_evaluation', 'test')):
-      path = _locate(data_dir, half)
-      if path.suffix == '.zip':
-        archive = stack.enter_context(_open_zip(path))
-        files = {name: (archive, name) for name in archive.namelist()}
-        source.append(table.describe_file(path))
-      else:
-        files = {str(file.relative_to(path)): (None, file) for file in sorted(path.glob('*/*/*'))}
-        source.append(table.describe_folder(path, [file for _, file in files.values()]))
-      found |= _check(files, path, _splits()['lake'][split])
-
-    def decode(item):
-      archive, name = item
-      file, where = (_read(archive, name), f'{name} in {archive.filename}') if archive else (name, name)
-      return table.decode_image(file, where, size, lambda image: ImageChops.invert(image.convert('L')))
-
-    classes = {name: found[name] for name in sorted(found)}
-    superclasses = {name: name.split('/')[0] for name in classes}
-    return table.convert(key, classes, decode, (size, size, 1), source, superclasses=superclasses)
+def _dealt(order, *ends):
+  """Splits of the sorted characters in an order, with ends at these places."""
+  names = sorted(_characters())
+  parts = np.split(order, ends)
+  return {split: sorted(names[k] for k in part) for split, part in zip(('train', 'val', 'test'), parts, strict=True)}
 
 
-def _locate(data_dir, half):
-  """The archive or folder of one half of the data set, downloaded if there is neither."""
-  root = pathlib.Path(data_dir)
-  for name in (f'{half}.zip', half):
-    for path in (root / name, root / 'omniglot' / name):
-      if path.exists():
-        return path
-  path = root / 'omniglot' / f'{half}.zip'
-  num_bytes, sha256 = _ARCHIVES[half]
-  download.fetch([f'{mirror}/{half}.zip' for mirror in _MIRRORS], path, sha256=sha256, size=num_bytes)
-  return path
+def _maml_plus_plus(seed):
+  """MAML++'s `data.py`: the seed draws a seed, which shuffles all characters; cut at 70.9 % and 74.0 %."""
+  order = np.arange(1623, dtype=np.int32)
+  np.random.RandomState(np.random.RandomState(seed).randint(1, 999999)).shuffle(order)
+  return _dealt(order, 1150, 1200)
 
 
-def _check(files, path, characters):
-  """Name in archive or folder -> item becomes character -> its 20 items; whatever is not exactly Omniglot is refused.
-
-  The check is on content, not on the hash, because archives that were unpacked and packed again are as good.
-  """
-  numbers = _characters()
-  expected = {c: [f'{c}/{numbers[c]:04d}_{k + 1:02d}.png' for k in range(_DRAWERS)] for c in characters}
-  images = {
-    '/'.join(pathlib.PurePath(name).parts[-3:]): item
-    for name, item in files.items()
-    if name.endswith('.png') and '__MACOSX' not in name
-  }
-  missing = {name for names in expected.values() for name in names} - images.keys()
-  if missing or len(images) != _DRAWERS * len(characters):
-    example = f'{min(missing)} is missing' if missing else 'there are others besides'
-    raise UserError(
-      f'{path} is not this half of Omniglot: it holds {len(images)} images of '
-      f'{len({name.rpartition("/")[0] for name in images})} characters rather than {_DRAWERS * len(characters)} of '
-      f'{len(characters)} ({example}); replace it, or remove it to have the original downloaded'
-    )
-  return {c: [images[name] for name in names] for c, names in expected.items()}
-
-
-def _open_zip(path):
-  try:
-    return zipfile.ZipFile(path)
-  except (OSError, zipfile.BadZipFile) as error:
-    raise UserError(f'{path} cannot be read ({error}); replace it, or remove it to download it again') from error
-
-
-def _read(archive, name):
-  try:
-    return io.BytesIO(archive.read(name))
-  except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-    raise UserError(
-      f'{archive.filename} is damaged at {name} ({error}); replace it, or remove it to download it again'
-    ) from error
+_SPLITS = {
+  **{kind: functools.partial(_listed, kind) for kind in ('vinyals', 'lake', 'meta_dataset')},
+  'maml++': _maml_plus_plus,
+  'random': lambda seed: _dealt(np.random.default_rng(seed).permutation(1623), 1100, 1200),
+}

@@ -1,0 +1,204 @@
+"""Formats that several data sets come in: folders, HDF5 files, arrays with labels."""
+
+import collections
+import functools
+import os
+import threading
+
+import numpy as np
+
+from metajax.data import archive, images, unpickle
+from metajax.data.source import SPLITS, Contents, Format
+from metajax.errors import UserError
+
+
+def class_folders(known, inside=('',), suffix=''):
+  """Folders of images, `<class>/` or `<split>/<class>/`.
+
+  Args:
+    known: class folder's name -> the class's name, or None for a folder that is none of the data set's.
+    inside: folders below the data set's in which they may be.
+    suffix: for people, what follows the class in a path.
+
+  Returns:
+    Format; a class in two splits is a fault.
+  """
+
+  def find(folder):
+    for base in (os.path.join(folder, name) for name in inside):
+      top = images.list_folders(base)
+      places = [
+        os.path.join(base, s, c) for s in top if s in SPLITS for c in images.list_folders(os.path.join(base, s))
+      ]
+      places = [place for place in places if known(os.path.basename(place))]
+      places = places or [os.path.join(base, c) for c in top if known(c)]
+      if paths := [path for place in places for path in images.list_images(place)]:
+        return paths
+    return []
+
+  def read(paths, scratch):
+    del scratch
+    places = collections.defaultdict(list)
+    for path in paths:
+      places[os.path.dirname(path)].append(images.File(path))
+    classes, faults = {}, []
+    for place, items in places.items():
+      name = known(os.path.basename(place))
+      if name in classes:
+        first = os.path.dirname(classes[name][0].path)
+        faults.append(f'class {name} is in {first} and in {place}: remove it from one')
+      classes[name] = items
+    return Contents(classes, faults=tuple(faults))
+
+  below = ' or '.join(f'{name}/' for name in inside if name)
+  return Format(
+    f'images in {{train,val,test}}/<class>/ or <class>/{suffix}{below and f", also in {below}"}', find, read
+  )
+
+
+def hdf5(names, known):
+  """Torchmeta's HDF5 files, with an array of images (n, h, w[, c]) or of PNG or JPEG files (n,) for each class.
+
+  Args:
+    names: of the files, of which all are needed.
+    known: path of an array in a file -> the class's name, or None for an array that is none of the data set's.
+
+  Returns:
+    Format; a class in two files is a fault.
+  """
+
+  def find(folder):
+    paths = [os.path.join(folder, name) for name in names]
+    return paths if all(map(os.path.isfile, paths)) else []
+
+  def read(paths, scratch):
+    del scratch
+    import h5py  # only here, to keep opening a table quick
+
+    classes, faults = {}, []
+
+    def add(path, key, dataset):
+      if isinstance(dataset, h5py.Dataset) and (name := known(key)):
+        if name in classes:
+          faults.append(f'class {name} is in two of {", ".join(paths)}: replace one')
+        kind = images.Encoded if dataset.ndim == 1 else images.Row
+        rows = _Rows(path, key, len(dataset))
+        classes[name] = [kind(rows, k, f'{key} in {path}') for k in range(len(dataset))]
+
+    for path in paths:
+      try:
+        with h5py.File(path) as file:
+          file.visititems(functools.partial(add, path))
+      except (OSError, RuntimeError) as error:
+        raise UserError(f'{path} is damaged or not HDF5 ({error}): replace it') from error
+    return Contents(classes, faults=tuple(faults))
+
+  return Format(', '.join(names), find, read)
+
+
+class _Rows:
+  """An array in an HDF5 file, opened when it is first asked for a row: the file is not held open in between."""
+
+  def __init__(self, path, key, length):
+    self._path, self._key, self._length = path, key, length
+
+  def __len__(self):
+    return self._length
+
+  def __getitem__(self, index):
+    with _reading:
+      return _array(self._path, self._key)[index]
+
+
+_reading = threading.Lock()  # HDF5 has one thread, and two that want the same class should read it once
+
+
+@functools.lru_cache(maxsize=8)  # classes: threads are never more than a few apart
+def _array(path, key):
+  import h5py
+
+  with h5py.File(path) as file:
+    return file[key][()]
+
+
+def labelled(names, load, known=lambda split, label: None):
+  """A file for each split with an array of images and one of labels.
+
+  Args:
+    names: file's name -> split.
+    load: (path, scratch folder) -> images (n, h, w, c) uint8 or a sequence of PNG files, labels (n,) integers.
+    known: (split, label) -> the class's name, or None if it cannot be known.
+
+  Returns:
+    Format; if a name cannot be known, all classes are called `<split>/<label>`.
+  """
+
+  def find(folder):
+    paths = [os.path.join(folder, name) for name in names]
+    return [path for path in paths if os.path.isfile(path)]
+
+  def read(paths, scratch):
+    contents, named = [], True
+    for path in paths:
+      split = names[os.path.basename(path)]
+      pixels, labels = load(path, scratch)
+      labels = np.asarray(labels)
+      if labels.shape != (len(pixels),) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f'{path} has {len(pixels)} images, but labels {labels.dtype} {labels.shape}: replace it')
+      contents.append((path, split, pixels, labels))
+      named = named and all(known(split, label) for label in np.unique(labels))
+    classes, splits = {}, collections.defaultdict(list)
+    for path, split, pixels, labels in contents:
+      kind = images.Row if getattr(pixels, 'ndim', 1) == 4 else images.Encoded
+      order = np.argsort(labels, kind='stable')
+      present, starts = np.unique(labels[order], return_index=True)
+      for label, rows in zip(present, np.split(order, starts[1:]), strict=True):
+        name = known(split, label) if named else f'{split}/{label}'
+        classes[name] = [kind(pixels, int(k), path) for k in rows]
+        splits[split].append(name)
+    return Contents(classes, splits={} if named else dict(splits))
+
+  return Format(', '.join(names), find, read)
+
+
+def load_pickle(path, scratch):
+  """Images and labels of a pickle as Gidaris and Komodakis (2018) and MetaOptNet publish them, for `labelled`."""
+  del scratch
+  return entries(path, unpickle.load(path), data=4, labels=1)
+
+
+def load_npz(path, scratch):
+  """Images and labels of an archive as TADAM publishes them, for `labelled`."""
+  return entries(path, npz(path, scratch), features=4, targets=1)
+
+
+def npz(path, scratch):
+  """The arrays of a NumPy archive, mapped into memory: name -> array."""
+  folder = scratch / os.path.basename(path).removesuffix('.npz')
+  if not folder.exists():
+    archive.unpack([path], folder)
+  try:
+    return {file.stem: np.load(file, mmap_mode='r') for file in folder.glob('*.npy')}
+  except (OSError, ValueError) as error:
+    raise UserError(f'{path} is damaged ({error}): replace it') from error
+
+
+def entries(path, content, **kinds):
+  """Checks what was read from a file, and returns some of its entries.
+
+  Args:
+    path: to name in an error.
+    content: what should be a dict.
+    **kinds: key -> the number of dimensions that the entry must have as an array; 4 are images, (n, h, w, 3) uint8.
+
+  Raises:
+    UserError: an entry is missing or of another shape.
+  """
+  try:
+    arrays = [content[key] for key in kinds]
+    for key, array, ndim in zip(kinds, arrays, kinds.values(), strict=True):
+      if np.ndim(array) != ndim or (ndim == 4 and (array.dtype != np.uint8 or array.shape[3] != 3)):
+        raise ValueError(f'{key} is {array.dtype} {array.shape}')
+    return arrays
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UserError(f'{path} is not in the format of its name ({error!r}): replace it') from error

@@ -1,0 +1,253 @@
+"""Where data sets come from: a converted table, files in one of several formats, TFDS, a download."""
+
+import functools
+import glob
+import logging
+import os
+import shutil
+import types
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from metajax.data import archive, conversion, download, images, table
+from metajax.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+SPLITS = {'train': 'train', 'val': 'val', 'validation': 'val', 'valid': 'val', 'test': 'test'}  # as people spell them
+IMAGENET_TERMS = "ImageNet's terms allow non-commercial research and education only"
+_HASHED = 64  # up to so many files, the manifest has the hash of each
+_NONE = types.MappingProxyType({})
+
+
+class Contents(NamedTuple):
+  """A data set as some files hold it, not decoded yet."""
+
+  classes: dict  # class name -> sequence of items (see `images.File`)
+  splits: Mapping = _NONE  # split -> class names, where the files alone know
+  transform: Callable | None = None  # PIL image -> PIL image, ahead of everything else
+  faults: tuple[str, ...] = ()  # what makes it unfit: no table is made of it
+
+
+class Format(NamedTuple):
+  """One of the ways in which a data set lies on disk."""
+
+  files: str  # for people: what to put into the data set's folder
+  find: Callable  # folder -> paths of the files of this format, none if it is not there
+  read: Callable  # (paths, scratch folder for what takes unpacking) -> Contents; raises UserError
+
+
+class Prepared(NamedTuple):
+  """A data set as TFDS prepares it."""
+
+  builder: str
+  read: Callable  # (folder, scratch folder) -> Contents; raises UserError
+
+
+class Dataset(NamedTuple):
+  """What is known about a data set."""
+
+  name: str  # of its tables
+  title: str
+  formats: tuple[Format, ...]  # tried in this order
+  places: tuple[str, ...] = ('',)  # where in the data folder its files are looked for, in this order
+  archives: tuple[tuple[str, ...], ...] = ()  # file names of archives, in sets of which all are needed
+  prepared: tuple[Prepared, ...] = ()
+  downloads: tuple[download.Remote, ...] = ()
+  counts: Mapping = _NONE  # class name -> images, as published; empty for a data set that is nobody's
+  superclasses: Mapping = _NONE  # class name -> superclass, where there are any
+  terms: str = ''  # on which it may be used
+
+
+class Found(NamedTuple):
+  """The files of a data set, in some format."""
+
+  what: str
+  folder: str
+  paths: list
+  read: Callable  # (scratch folder) -> Contents
+
+
+def obtain(dataset: Dataset, data_dir, rendering: images.Rendering, *, skip_bad=False):
+  """The data set's table: the one that is there, else converted from the first source there is.
+
+  Args:
+    dataset: what to look for.
+    data_dir: str, where its files lie or are downloaded to; need not exist.
+    rendering: of the images.
+    skip_bad: leave out images that do not decode.
+
+  Returns:
+    table.Table; of what it lacks of the data set as published, a warning tells.
+
+  Raises:
+    UserError: nothing is found and nothing can be downloaded, or what is there is damaged or another data set.
+  """
+  rendering.check()
+  key = f'{dataset.name}-{rendering}'
+  result = _current(key, dataset, data_dir)
+  if result is None:
+    lock = table.cache_dir() / f'.{key}.lock'
+    with conversion.writes(lock.parent):
+      lock.parent.mkdir(parents=True, exist_ok=True)
+      with table.locked(lock) as alone:
+        result = _current(key, dataset, data_dir) or _convert(key, dataset, data_dir, rendering, skip_bad, alone)
+  for note in result.notes[:5]:
+    _log.warning('%s is not as published: %s', dataset.title, note)
+  if len(result.notes) > 5:
+    _log.warning('and %d more such notes in %s', len(result.notes) - 5, table.cache_dir() / key / 'manifest.json')
+  return result
+
+
+def _current(key, dataset, data_dir):
+  """The converted table, unless it lacks something and its source has changed since."""
+  result = table.open_table(key)
+  if result is None or not result.notes:
+    return result
+  found = locate(dataset, data_dir)
+  return result if found is None or _fingerprint(found) == result.fingerprint else None
+
+
+def divide(images, splits):
+  """Divides a table.
+
+  Args:
+    images: table.Table.
+    splits: split -> class names; those that the table lacks are passed over.
+
+  Returns:
+    split -> ClassTable; a split without any class is absent.
+  """
+  there = set(images.names)
+  splits = {split: [c for c in classes if c in there] for split, classes in (images.splits or splits).items()}
+  return table.class_tables(images, {split: classes for split, classes in splits.items() if classes})
+
+
+def locate(dataset, data_dir):
+  """The first source of a data set that is there, without reading it; None if there is none."""
+  for place in dataset.places:
+    folder = os.path.normpath(os.path.join(data_dir, place))
+    if os.path.isdir(folder):
+      if found := _in_folder(dataset, folder):
+        return found
+      for names in dataset.archives:
+        if all(os.path.isfile(os.path.join(folder, name)) for name in names):
+          paths = [os.path.join(folder, name) for name in names]
+          return Found(', '.join(names), folder, paths, functools.partial(_read_archives, dataset, folder, paths))
+  if dataset.prepared:
+    from metajax.data import prepared
+
+    for builder, read in dataset.prepared:
+      if folder := prepared.find(builder, data_dir):
+        paths = sorted(glob.glob(os.path.join(glob.escape(folder), '*')))
+        return Found(f'TFDS {builder}', folder, paths, functools.partial(read, folder))
+  return None
+
+
+def deviations(dataset, contents):
+  """How the number of images differs from the published, in sentences."""
+  counts = {c: len(items) for c, items in contents.classes.items()}
+  expected, there = sum(dataset.counts.values()), sum(counts.values())
+  if contents.splits:  # of classes without names
+    return [f'it has {there} of {expected} images'] if there != expected else []
+  missing = sorted(dataset.counts.keys() - counts.keys())
+  notes = [f'{len(missing)} of {len(dataset.counts)} classes are missing: {_some(missing)}'] if missing else []
+  odd = [c for c, count in counts.items() if count != dataset.counts.get(c, count)]
+  return notes + [f'class {c} has {counts[c]} images, not {dataset.counts[c]}' for c in odd]
+
+
+def read(dataset, found, scratch):
+  """Contents of a data set's files, sorted by class, without what is known not to belong to it.
+
+  Raises:
+    UserError: there is nothing in them, or classes of another data set.
+  """
+  contents = found.read(scratch)
+  classes = {c: items for c, items in sorted(contents.classes.items()) if len(items)}
+  if not classes:
+    raise UserError(f'{found.paths[0]} has no images of {dataset.title}: replace it')
+  if dataset.counts and not contents.splits and (strange := sorted(classes.keys() - dataset.counts.keys())):
+    if dataset.counts.keys() - classes.keys():  # or else it is a larger data set, such as ILSVRC, with all of ours
+      raise UserError(
+        f'{found.folder} has class {strange[0]}, which is not in {dataset.title}: {len(strange)} of '
+        f'its {len(classes)} classes are strange; remove them, or use data.name=folder'
+      )
+    classes = {c: classes[c] for c in sorted(dataset.counts)}
+  return contents._replace(classes=classes)
+
+
+def places(dataset, data_dir):
+  """What to put where, for somebody who has not got the data set: lines."""
+  folder = os.path.join(data_dir, dataset.places[0])
+  files = [f.files for f in dataset.formats] + [', '.join(names) for names in dataset.archives]
+  lines = [f'{folder}: {name}' for name in files]
+  return lines + [f'{os.path.join(data_dir, "tensorflow_datasets")}: TFDS {p.builder}' for p in dataset.prepared]
+
+
+def _in_folder(dataset, folder):
+  for form in dataset.formats:
+    if paths := form.find(folder):
+      return Found(form.files, folder, paths, functools.partial(form.read, paths))
+  return None
+
+
+def _read_archives(dataset, folder, paths, scratch):
+  """Unpacks archives and reads what was in them, in whatever format."""
+  unpacked = scratch / 'archives'
+  if not unpacked.exists():  # else a process that died has done this
+    archive.unpack(paths, unpacked)
+  for inside in (unpacked, *sorted(unpacked.glob('*/')), *sorted(unpacked.glob('*/*/'))):
+    if inside.is_dir() and (found := _in_folder(dataset, str(inside))):
+      return found.read(scratch)
+  raise UserError(f'{paths[0]} holds nothing that {dataset.title} is known by: replace it')
+
+
+def _convert(key, dataset, data_dir, rendering, skip_bad, alone):
+  found = locate(dataset, data_dir)
+  if found is None and dataset.downloads:
+    _download(dataset, os.path.join(data_dir, dataset.places[0]))
+    found = locate(dataset, data_dir)
+  if found is None:
+    raise UserError(
+      f'{dataset.title} is not in {data_dir}; put one of these there: {"; ".join(places(dataset, data_dir))}'
+    )
+  _log.info('reading %s from %s', dataset.title, found.folder)
+  scratch = table.cache_dir() / f'.{key}.unpacked'
+  contents = read(dataset, found, scratch)
+  if contents.faults:
+    more = f' (and {len(contents.faults) - 1} more faults)' if len(contents.faults) > 1 else ''
+    raise UserError(f'{contents.faults[0]}{more}; `python -m metajax.data NAME --check` lists all that is wrong')
+  files = [table.describe_file(path) for path in found.paths] if len(found.paths) <= _HASHED else []
+  job = {
+    'source': found.what,
+    'files': files,
+    'fingerprint': _fingerprint(found),
+    'superclasses': {} if contents.splits else dict(dataset.superclasses),
+    'splits': dict(contents.splits),
+    'notes': deviations(dataset, contents),
+  }
+
+  def decode(item):
+    return images.pixels(item, rendering, contents.transform)
+
+  result = conversion.convert(key, contents.classes, decode, rendering.shape, job, skip_bad=skip_bad, alone=alone)
+  shutil.rmtree(scratch, ignore_errors=True)
+  return result
+
+
+def _download(dataset, folder):
+  if dataset.terms:
+    _log.warning('%s: %s', dataset.title, dataset.terms)
+  try:
+    for remote in dataset.downloads:
+      download.fetch(remote, folder)
+  except UserError as error:
+    raise UserError(f'{error}; `python -m metajax.data --list` says what other files will do') from error
+
+
+def _fingerprint(found):
+  return table.fingerprint(found.folder, found.paths)
+
+
+def _some(names):
+  return ', '.join(names[:5]) + ', ...' * (len(names) > 5)
