@@ -6,6 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from metajax.data import download
+from metajax.errors import UserError
+
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / 'tests' / 'tiny.py')
 
@@ -20,6 +23,18 @@ def shared_cache(tmp_path_factory):
 def cache(shared_cache, monkeypatch):
   monkeypatch.setenv('METAJAX_CACHE', str(shared_cache))
   return shared_cache
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+  """An empty folder for converted tables, and no network."""
+
+  def fetch(remote, folder):
+    raise UserError(f'cannot download {remote.name} to {folder}: no network')
+
+  monkeypatch.setenv('METAJAX_CACHE', str(tmp_path / 'cache'))
+  monkeypatch.setattr(download, 'fetch', fetch)
+  return tmp_path / 'cache'
 
 
 @pytest.fixture(scope='session')

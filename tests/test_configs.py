@@ -9,7 +9,7 @@ from PIL import Image
 
 from metajax import config as config_lib
 from metajax import main
-from metajax.data import table
+from metajax.data import conversion, table
 from metajax.datasets import mini_imagenet
 from metajax.datasets import omniglot as omniglot_data
 from tests.conftest import ROOT
@@ -33,7 +33,9 @@ def glyphs(folder):
 def omniglot(folder):
   """A converted table, with an image of one brightness for every drawing."""
   classes = {name: range(20) for name in sorted(omniglot_data._characters())}
-  table.convert('omniglot-28', classes, lambda k: np.full((28, 28, 1), 10 * k, np.uint8), (28, 28, 1), [])
+  table.cache_dir().mkdir(exist_ok=True)
+  job = {'fingerprint': '', 'superclasses': {}, 'splits': {}, 'notes': []}
+  conversion.convert('omniglot-28', classes, lambda k: np.full((28, 28, 1), 10 * k, np.uint8), (28, 28, 1), job)
   return ['--config.model.width=4']
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metajax.data import table
+from metajax.data import images
 from metajax.datasets import folder
 from metajax.errors import UserError
 
@@ -148,8 +148,8 @@ def test_other_files_are_passed_over(root):
 def test_converted_once_per_state_of_the_folder(root, monkeypatch):
   make_classes(root, 3)
   decoded = []
-  decode_image = table.decode_image
-  monkeypatch.setattr(table, 'decode_image', lambda file, *args: decoded.append(file) or decode_image(file, *args))
+  pixels = images.pixels
+  monkeypatch.setattr(images, 'pixels', lambda item, *args: decoded.append(item) or pixels(item, *args))
   folder.load(str(root), size=1)
   folder.load(str(root), size=1, split_seed=3)
   assert len(decoded) == 6
@@ -170,7 +170,7 @@ def test_converted_once_per_state_of_the_folder(root, monkeypatch):
     (lambda root: make_classes(root, 2), {}, '2 classes, too few'),
     (lambda root: make_classes(root, 3), dict(fractions=(0.5, 0.5, 0.5)), 'fractions'),
     (lambda root: make_classes(root, 3), dict(fractions=(0.5, 0.5)), 'fractions'),
-    (lambda root: make_classes(root, 3), dict(size=0), 'size must be'),
+    (lambda root: make_classes(root, 3), dict(size=0), 'size = 0'),
     (lambda root: (save(root / 'train/cat/a.png'), save(root / 'test/cat/b.png')), {}, 'class cat is in'),
     (lambda root: (make_classes(root, 3), (root / 'class01/x.jpg').write_text('no')), {}, 'class01/x.jpg does not dec'),
     (lambda root: save(root / 'train/c/a.tiff', 0.5, 'F'), {}, 'a.tiff does not decode .*floating-point'),

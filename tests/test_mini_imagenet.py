@@ -9,18 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metajax.data import table
+from metajax.data import conversion
 from metajax.datasets import mini_imagenet
 from metajax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('tables')
 WNIDS = {split: list(classes) for split, classes in mini_imagenet._lists().items()}
 TRAIN, VAL, TEST = WNIDS['train'][:2], WNIDS['val'][:1], WNIDS['test'][:1]
 VINYALS = 'n01614925'  # in the other data set of this name only
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-  monkeypatch.setenv('METAJAX_CACHE', str(tmp_path / 'cache'))
 
 
 @pytest.fixture
@@ -192,21 +188,22 @@ def test_whole_data_set_needs_its_source_once(data, caplog):
   start = time.monotonic()
   mini_imagenet.load('nowhere', size=1)
   assert time.monotonic() - start < 0.3
-  assert 'not whole' not in caplog.text
+  assert 'not as published' not in caplog.text
 
 
 def test_part_is_said_to_be_one_and_never_passes_for_the_whole(data, caplog, monkeypatch):
   path = data / 'mini-imagenet-cache-train.pkl'
   path.write_bytes(pickle.dumps(cache_of(TRAIN, per_class=2)))
   assert list(mini_imagenet.load(str(data), size=2)) == ['train']
-  assert 'train has 2 of 64 classes' in caplog.text and 'val has 0 of 16 classes' in caplog.text
-  assert f'2 classes have not 600 images: {TRAIN[0]} (2), {TRAIN[1]} (2)' in caplog.text
+  assert 'mini-ImageNet is not as published: 98 of 100 classes are missing' in caplog.text
+  assert f'class {TRAIN[0]} has 2 images, not 600' in caplog.text
 
   caplog.clear()
   with monkeypatch.context() as patch:  # the same part again comes from its table
-    patch.setattr(table, 'convert', None)
+    patch.setattr(conversion, 'convert', None)
     mini_imagenet.load(str(data), size=2)
-  assert 'train has 2 of 64 classes' in caplog.text
+    mini_imagenet.load('nowhere', size=2)
+  assert caplog.text.count('98 of 100 classes are missing') == 2
 
   path.write_bytes(pickle.dumps(cache_of(TRAIN, per_class=3)))
   np.testing.assert_array_equal(mini_imagenet.load(str(data), size=2)['train'].counts, [3, 3])
@@ -234,18 +231,30 @@ def write_tar_of_nothing(data):
 @pytest.mark.parametrize(
   ('make', 'complaint'),
   [
-    (lambda data: None, r'put mini-imagenet.tar.gz, or mini-imagenet-cache-.* in .*data/mini_imagenet'),
-    (lambda data: write_cache(data, cache_of([*TEST, VINYALS])), f'cache-test.pkl has class {VINYALS}'),
-    (lambda data: save(data / f'train/{VINYALS}/a.jpg', picture(VINYALS, 0)), f'data has class {VINYALS}'),
-    (lambda data: save(data / f'images/{VINYALS}00000001.jpg', picture(VINYALS, 0)), f'images has class {VINYALS}'),
-    (write_twice, f'class {TEST[0]} is in two splits'),
-    (lambda data: write_cache(data, [1, 2]), 'cache-test.pkl is no mini-ImageNet cache'),
-    (lambda data: write_cache(data, {'image_data': [1], 'class_dict': {}}), 'cache-test.pkl is no mini-ImageNet cache'),
-    (lambda data: write_cache(data, cache_of(TEST) | {'class_dict': {TEST[0]: [0, 3]}}), 'beyond the 3 images'),
+    (lambda data: None, 'no network; .*metajax.data --list'),
+    (
+      lambda data: write_cache(data, cache_of([*TEST, VINYALS])),
+      f'data has class {VINYALS}, which is not in mini-ImageNet',
+    ),
+    (
+      lambda data: save(data / f'train/{VINYALS}/a.jpg', picture(VINYALS, 0)),
+      f'data has class {VINYALS}, which is not in mini-ImageNet',
+    ),
+    (
+      lambda data: save(data / f'images/{VINYALS}00000001.jpg', picture(VINYALS, 0)),
+      f'data has class {VINYALS}, which is not in mini-ImageNet',
+    ),
+    (write_twice, f'class {TEST[0]} is in .*data/test/{TEST[0]} and in .*data/train/{TEST[0]}'),
+    (lambda data: write_cache(data, [1, 2]), 'cache-test.pkl is not in the format of its name'),
+    (
+      lambda data: write_cache(data, {'image_data': [1], 'class_dict': {}}),
+      'cache-test.pkl is not in the format of its name',
+    ),
+    (lambda data: write_cache(data, cache_of(TEST) | {'class_dict': {TEST[0]: [0, 3]}}), 'beyond its 3 images'),
     (lambda data: write_cache(data, cache_of(TEST) | {'class_dict': {}}), 'no images of mini-ImageNet'),
     (lambda data: (data / 'mini-imagenet-cache-val.pkl').write_bytes(b'\x80\x02}'), 'cache-val.pkl is damaged'),
     (write_cut_archive, r'mini-imagenet.tar.gz is damaged'),
-    (write_tar_of_nothing, r'mini-imagenet.tar.gz has no images'),
+    (write_tar_of_nothing, r'mini-imagenet.tar.gz holds nothing'),
     (lambda data: (data / 'mini-imagenet.tar.gz').write_text('<html>'), r'mini-imagenet.tar.gz is damaged'),
   ],
 )

@@ -9,7 +9,7 @@ import tarfile
 import zipfile
 import zlib
 
-from metajax.errors import UserError
+from metajax.errors import UserError, first_line
 
 _BLOCK = 1 << 20  # bytes
 _MAX_HEADER = 1 << 20  # bytes of a long name or of attributes in a tar file, which tarfile takes into memory
@@ -50,10 +50,15 @@ def unpack(paths, folder):
         except (OSError, *_DAMAGE) as error:
           if getattr(error, 'errno', None):  # the disk's: what decompression raises has none
             raise
-          raise UserError(f'{path} is damaged or no archive ({error}): replace it') from error
+          raise UserError(f'{path} is damaged or no archive ({_reason(file, error)}): replace it') from error
     partial.rename(folder)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _reason(file, error):
+  file.seek(0)
+  return 'it is a web page' if file.read(100).lstrip()[:1] == b'<' else first_line(error).removesuffix(' successfully:')
 
 
 def _unpack(path, file, folder):
@@ -107,6 +112,8 @@ def _tar_members(file):
     archive.fileobj.seek(archive.offset)
     if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
       raise tarfile.ReadError(f'unreadable from byte {archive.offset} on')
+    while archive.fileobj.read(_BLOCK):  # to the end, where a compressed file's checksum is
+      pass
 
 
 _HEADERS = (

@@ -49,7 +49,7 @@ def convert(key, classes, decode, shape, job, *, skip_bad=False, alone=True):
   start = time.monotonic()
   # Where the file system has no locks, others may be at it too: then to each its own, and nothing is taken over.
   place = folder.with_name(f'.{key}.partial' if alone else f'.{key}.{uuid.uuid4().hex}.partial')
-  with writes(folder):
+  with writes(folder, place):
     partial = _Partial(place, manifest, shape)
     _write(partial, [item for items in classes.values() for item in items], decode, key, skip_bad)
     left_out = np.searchsorted(np.cumsum(counts), [index for index, _ in partial.bad], side='right')
@@ -62,11 +62,13 @@ def convert(key, classes, decode, shape, job, *, skip_bad=False, alone=True):
 
 
 @contextlib.contextmanager
-def writes(folder):
-  """Turns what goes wrong with the disk of the cache into a UserError."""
+def writes(folder, *partial):
+  """Turns what goes wrong with the disk of the cache into a UserError, and removes what was half written."""
   try:
     yield
   except OSError as error:
+    for place in partial:
+      shutil.rmtree(place, ignore_errors=True)
     raise UserError(
       f'cannot write converted images to {folder}: {error.strerror or error}; '
       'make room there, or set METAJAX_CACHE to a folder that can be written'

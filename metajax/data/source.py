@@ -105,7 +105,7 @@ def _current(key, dataset, data_dir):
   if result is None or not result.notes:
     return result
   found = locate(dataset, data_dir)
-  return result if found is None or _fingerprint(found) == result.fingerprint else None
+  return result if found is None or table.fingerprint(found.folder, found.paths) == result.fingerprint else None
 
 
 def divide(images, splits):
@@ -212,8 +212,15 @@ def _convert(key, dataset, data_dir, rendering, skip_bad, alone):
       f'{dataset.title} is not in {data_dir}; put one of these there: {"; ".join(places(dataset, data_dir))}'
     )
   _log.info('reading %s from %s', dataset.title, found.folder)
-  scratch = table.cache_dir() / f'.{key}.unpacked'
-  contents = read(dataset, found, scratch)
+  fingerprint = table.fingerprint(found.folder, found.paths)
+  scratch = table.cache_dir() / f'.{key}.{fingerprint[:16]}.unpacked'
+  for stale in set(table.cache_dir().glob(f'.{glob.escape(key)}.*.unpacked*')) - {scratch}:
+    shutil.rmtree(stale, ignore_errors=True)
+  try:
+    contents = read(dataset, found, scratch)
+  except UserError:
+    shutil.rmtree(scratch, ignore_errors=True)
+    raise
   if contents.faults:
     more = f' (and {len(contents.faults) - 1} more faults)' if len(contents.faults) > 1 else ''
     raise UserError(f'{contents.faults[0]}{more}; `python -m metajax.data NAME --check` lists all that is wrong')
@@ -221,7 +228,7 @@ def _convert(key, dataset, data_dir, rendering, skip_bad, alone):
   job = {
     'source': found.what,
     'files': files,
-    'fingerprint': _fingerprint(found),
+    'fingerprint': fingerprint,
     'superclasses': {} if contents.splits else dict(dataset.superclasses),
     'splits': dict(contents.splits),
     'notes': deviations(dataset, contents),
@@ -243,10 +250,6 @@ def _download(dataset, folder):
       download.fetch(remote, folder)
   except UserError as error:
     raise UserError(f'{error}; `python -m metajax.data --list` says what other files will do') from error
-
-
-def _fingerprint(found):
-  return table.fingerprint(found.folder, found.paths)
 
 
 def _some(names):
