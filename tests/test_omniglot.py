@@ -125,10 +125,12 @@ def test_folder_and_download_mix_and_an_archive_packed_again_will_do(archives, t
     archive.extractall(tmp_path / 'data/omniglot')
   asked = []
 
-  def fetch(urls, path, *, sha256, size):
-    asked.append((urls[0], sha256[:8], size))
+  def fetch(remote, folder):
+    path = folder / remote.name
+    asked.append((remote.urls[0], remote.sha256[:8], remote.size))
     extra = ['__MACOSX/images_background/Greek/character01/._0394_01.png', 'images_background/.DS_Store']
     pack_again(archives / path.name, path, rename=lambda name: name.replace('images_background/', ''), extra=extra)
+    return path
 
   monkeypatch.setattr(download, 'fetch', fetch)
   tables = omniglot.load(str(tmp_path / 'data'), size=20, rotations=('test',))

@@ -114,10 +114,9 @@ def _locate(data_dir, half):
     for path in (root / name, root / 'omniglot' / name):
       if path.exists():
         return path
-  path = root / 'omniglot' / f'{half}.zip'
   num_bytes, sha256 = _ARCHIVES[half]
-  download.fetch([f'{mirror}/{half}.zip' for mirror in _MIRRORS], path, sha256=sha256, size=num_bytes)
-  return path
+  urls = tuple(f'{mirror}/{half}.zip' for mirror in _MIRRORS)
+  return download.fetch(download.Remote(f'{half}.zip', urls, sha256, size=num_bytes), root / 'omniglot')
 
 
 def _check(files, path, characters):
