@@ -128,7 +128,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.answer(b'', 302, Location=self.path)
 
   def page(self, start):
-    self.answer(b'<p>Virus scan warning</p>', kind='text/html; charset=utf-8')
+    self.answer(b'<p>Virus scan warning</p>', kind='Text/HTML; charset=utf-8')
 
   def disguised_page(self, start):
     self.answer(b'\n' + QUOTA, length='unknown')
@@ -253,8 +253,9 @@ def test_folder_is_made(server, tmp_path, monkeypatch):
   assert fetch(server, '', 'good').read_bytes() == DATA
 
 
-def test_file_that_is_there_stays(server, tmp_path):
+def test_file_that_is_there_stays(server, tmp_path, monkeypatch):
   (tmp_path / 'x.zip').write_text('mine')
+  monkeypatch.setattr(download, 'locked', None)  # the folder may be read-only
   fetch(server, tmp_path, 'good')
   assert (tmp_path / 'x.zip').read_text() == 'mine' and names(tmp_path) == ['x.zip'] and not server.requests
 
@@ -264,9 +265,11 @@ def test_connection_kept_open_is_no_stall(server, tmp_path, impatient):
   assert len(server.requests) == 1
 
 
-def test_something_must_be_published(server, tmp_path):
-  with pytest.raises(ValueError, match=r'x\.zip has neither hash nor size'):
-    fetch(server, tmp_path, 'good', md5='')
+def test_mirrors_and_hash_or_size_must_be_given(server, tmp_path):
+  for behaviours, published in [(['good'], {'md5': ''}), ([], {'md5': MD5})]:
+    with pytest.raises(ValueError, match=r'x\.zip has no mirror, or neither hash nor size'):
+      fetch(server, tmp_path, *behaviours, **published)
+  assert not names(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +295,7 @@ FAULTS = {
   'loop': 'HTTP 302 .* infinite loop',
   'page': 'is a web page, not the file',
   'disguised-page': "is a web page 'Google Drive - Quota exceeded', not the file",
-  'wrong': 'wrong SHA256 of 300000 bytes',
+  'wrong': 'has 300000 bytes with a wrong SHA256',
   'short': 'has 299999 bytes, not 300000',
   'long': 'has 300004 bytes, not 300000',
   'endless': 'has more than 300000 bytes',

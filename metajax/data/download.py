@@ -72,7 +72,7 @@ def fetch(remote, folder):
   """Downloads a file from the first of several mirrors that has it; of several processes one does.
 
   What arrives is kept in `<name>.part`, which the next mirror or a later call continues. The file gets its name only
-  when size and hash are right.
+  when size and hash are right. Where the file system has no locks, each call has a part of its own, removed in the end.
 
   Args:
     remote: Remote.
@@ -83,14 +83,15 @@ def fetch(remote, folder):
 
   Raises:
     UserError: no mirror has the file, or it cannot be written.
+    ValueError: no mirror is given, or neither hash nor size.
   """
-  if not (remote.sha256 or remote.md5 or remote.size is not None):
-    raise ValueError(f'{remote.name} has neither hash nor size')
+  if not remote.urls or not (remote.sha256 or remote.md5 or remote.size is not None):
+    raise ValueError(f'{remote.name} has no mirror, or neither hash nor size')
   path = pathlib.Path(folder, remote.name)
-  if path.exists():
-    return path
   partial = path.with_name(path.name + '.part')
   try:
+    if path.exists():
+      return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
       alone = stack.enter_context(locked(partial))
@@ -102,7 +103,7 @@ def fetch(remote, folder):
         stack.callback(partial.unlink, missing_ok=True)
       part = _Part(stack.enter_context(open(partial, 'a+b')), remote)
       failures = _try_mirrors(part, remote)
-      if not failures:
+      if part.is_whole():
         part.sync()
         partial.replace(path)
         return path
@@ -121,12 +122,7 @@ def fetch(remote, folder):
 
 
 class _Part:
-  """The file that grows, and the hash of what it holds: nothing is read twice.
-
-  Attributes:
-    size: in bytes.
-    pieced: whether several answers, maybe of several servers, are put together in it.
-  """
+  """The file that grows, its size in bytes and the hash of what it holds: nothing is read twice."""
 
   def __init__(self, file, remote):
     self._file, self._remote = file, remote
@@ -136,7 +132,6 @@ class _Part:
     while block := file.read(1 << 20):
       self._digest.update(block)
     self.size = file.tell()
-    self.pieced = self.size > 0
 
   def append(self, block):
     self._file.write(block)
@@ -146,7 +141,7 @@ class _Part:
   def clear(self):
     self._file.truncate(0)
     self._digest = hashlib.new(self.kind, usedforsecurity=False)
-    self.size, self.pieced = 0, False
+    self.size = 0
 
   def is_whole(self):
     """Whether size and hash are those published."""
@@ -165,12 +160,13 @@ class _Part:
 
 
 def _try_mirrors(part, remote):
-  """Completes `part`. Returns nothing if it did, else url -> why it did not do."""
+  """Completes `part`, if any mirror will do. Returns url -> why it did not do."""
   failures = {}
   for url in remote.urls:
     url = urllib.parse.quote(url, safe=string.punctuation)  # blanks, and what is not ASCII
     try:
-      return _insist(url, part, remote)
+      _insist(url, part, remote)
+      break
     except _Failed as error:
       failures[url] = error
       _log.warning('%s not downloaded from %s: %s', remote.name, url, error)
@@ -213,27 +209,10 @@ def _ask(url, part, remote):
       raise _Failed('does not resume', again=True) from error
     raise
   with response:
-    length = response.length
-    blocks = _receive(response)
+    length, blocks = response.length, _receive(response)  # newer Pythons count `length` down
     beginning = next(blocks, b'')
-    _refuse_page(response, beginning)
-    if response.status == 206:
-      span = re.match(rf'bytes {part.size}-\d+/(\d+|\*)', response.headers.get('Content-Range', ''))
-      if not span:
-        part.clear()
-        raise _Failed('does not resume', again=True)
-      length = None if span[1] == '*' else int(span[1])
-    elif response.status != 200:
-      raise _Failed(f'HTTP {response.status} {response.reason}')
-    total = length if remote.size is None else remote.size
-    if length not in (None, total):
-      raise _Failed(f'has {length} bytes, not {total}')
-    if response.status == 200:
-      part.clear()
-    else:
-      part.pieced = True
-    if total is not None:
-      part.check_room(total)
+    total = _check(response, length, beginning, part, remote)
+    resumed = part.size > 0
     _log.info('downloading %s (%s)', url, 'size unknown' if total is None else f'{total / 1e6:.1f} MB')
     with tqdm(total=total, initial=part.size, desc=remote.name, unit='B', unit_scale=True, disable=None) as progress:
       for block in itertools.chain([beginning], blocks):
@@ -244,9 +223,30 @@ def _ask(url, part, remote):
   if total is not None and part.size < total:
     raise _Failed(f'ended after {part.size} of {total} bytes', again=True)
   if not part.is_whole():
-    pieced, size = part.pieced, part.size
+    reason = f'has {part.size} bytes with a wrong {part.kind.upper()}'
     part.clear()
-    raise _Failed(f'wrong {part.kind.upper()} of {size} bytes', again=pieced)  # what was there may be to blame
+    raise _Failed(reason, again=resumed)  # what was there before may be to blame
+
+
+def _check(response, length, beginning, part, remote):
+  """Prepares `part` for an answer, once it looks right. Returns the size of the whole file, None if unknown."""
+  _refuse_page(response, beginning)
+  if response.status == 206:
+    span = re.match(rf'bytes {part.size}-\d+/(\d+|\*)', response.headers.get('Content-Range', ''))
+    if not span:
+      part.clear()
+      raise _Failed('does not resume', again=True)
+    length = None if span[1] == '*' else int(span[1])
+  elif response.status != 200:
+    raise _Failed(f'HTTP {response.status} {response.reason}')
+  total = length if remote.size is None else remote.size
+  if length not in (None, total):
+    raise _Failed(f'has {length} bytes, not {total}')
+  if response.status == 200:
+    part.clear()
+  if total is not None:
+    part.check_room(total)
+  return total
 
 
 def _open(request):
@@ -289,7 +289,7 @@ def _receive(response):
 
 def _refuse_page(response, beginning):
   """Raises where a server excuses itself to a human; Google Drive has pages for quota, virus scan and sign-in."""
-  kind = response.headers.get('Content-Type', '')
+  kind = response.headers.get('Content-Type', '').lower()
   if 'html' in kind or beginning[:100].lstrip().lower().startswith((b'<!doctype html', b'<html')):
     title = re.search(r'<title>(.*?)</title>', beginning.decode(errors='replace'), re.DOTALL | re.IGNORECASE)
     title = ' '.join(html.unescape(title[1]).split())[:80] if title else ''
