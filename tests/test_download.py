@@ -342,6 +342,18 @@ def test_all_mirrors_are_named_and_the_browser_gets_the_one_it_can_open(server, 
   )
 
 
+def test_refused_mirror_may_do_in_a_browser(server, tmp_path):
+  with pytest.raises(UserError, match=r'open http://[\d.:]*/forbidden in a browser'):
+    fetch(server, tmp_path, 'missing', 'forbidden')
+
+
+def test_file_is_on_the_disk_before_it_has_its_name(server, tmp_path, monkeypatch):
+  seen = []
+  monkeypatch.setattr(os, 'fsync', lambda file: seen.append((names(tmp_path), os.fstat(file).st_size)))
+  fetch(server, tmp_path, 'good')
+  assert seen == [(['x.zip.part'], len(DATA))]
+
+
 @pytest.mark.parametrize('published', [PUBLISHED[key] for key in ('sha256 and size', 'sha256', 'md5')])
 def test_complete_part_needs_no_request(server, tmp_path, published):
   (tmp_path / 'x.zip.part').write_bytes(DATA)
