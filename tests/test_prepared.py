@@ -2,6 +2,7 @@ import concurrent.futures
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,9 @@ def png(pixels):
   return file
 
 
-def build(data_dir, name, features, splits, supervised_keys=None, version='3.0.0', file_format='array_record'):
+def build(
+  data_dir, name, features, splits, supervised_keys=None, version='3.0.0', file_format='array_record', shards=None
+):
   """Has TFDS prepare a data set; returns its folder. `splits` is split -> list of examples."""
 
   class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -52,7 +55,7 @@ def build(data_dir, name, features, splits, supervised_keys=None, version='3.0.0
   Builder.name = name
   tfds.disable_progress_bar()
   builder = Builder(data_dir=data_dir, file_format=file_format)
-  builder.download_and_prepare()
+  builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=shards))
   return Path(builder.data_dir)
 
 
@@ -324,6 +327,29 @@ def test_several_threads_may_open_items(cifar_folder):
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     opened = list(pool.map(lambda item: np.asarray(item.open()).tobytes(), fresh))
   assert opened == expected * 8
+
+
+def test_more_files_than_may_be_open(tmp_path):
+  examples = [{'picture': stamped((5, 7, 3), k), 'kind': 0, 'weight': 0} for k in range(60)]
+  folder = dots(tmp_path, {'train': examples}, shards=60)
+  assert len(list(folder.glob('dots-train*'))) == 60
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  highest_open = os.open(os.devnull, os.O_RDONLY)
+  os.close(highest_open)
+  try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest_open + 30, hard))
+    assert sorted(map(seed_of, prepared.read('dots', folder))) == list(range(60))
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+  program = f"""if True:
+    import resource
+    from metajax.data import prepared
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+    prepared.read('dots', {str(folder)!r})
+  """
+  run = subprocess.run([sys.executable, '-c', program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+  assert 'dots/3.0.0 has 60 files, which stay open together, but this process may open only 100' in run.stderr
 
 
 # ---- what can be wrong

@@ -11,6 +11,7 @@ import io
 import os
 import pathlib
 import re
+import resource
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from metajax.errors import UserError, first_line
 
 _BUILDER = re.compile(r'(\w+)(?:/([^/:]+))?(?::(\d+\.\d+\.\d+))?')  # name, config, version
 _VERSION = re.compile(r'\d+\.\d+\.\d+')
+_SPARE_FILES = 256  # that the rest of the process may have open besides a data set's
 
 
 class Item(NamedTuple):
@@ -133,6 +135,7 @@ def read(builder, folder, extra=()):
       ) from error
     examples = {split: _in_order(place, prepared, split, wanted, image, skip) for split, place in places.items()}
   else:
+    _allow_open_files(sum(len(split.filepaths) for split in splits), where)
     parse = tfds.features.FeaturesDict(wanted).deserialize_example_np
     parse_image = tfds.features.FeaturesDict({image: features[image]}).deserialize_example_np
 
@@ -144,6 +147,20 @@ def read(builder, folder, extra=()):
     }
 
   return _records(examples, wanted, label)
+
+
+def _allow_open_files(files, where):
+  """Raises the limit of open files, since array_record closes none: ImageNet has 1088 and the usual limit is 1024."""
+  needed = files + _SPARE_FILES
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  if soft != resource.RLIM_INFINITY and soft < needed:
+    try:
+      resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except ValueError as error:
+      raise UserError(
+        f'{where} has {files} files, which stay open together, but this process may open only {hard}: '
+        f'raise the limit to {needed} with ulimit -n'
+      ) from error
 
 
 def _records(examples, wanted, label):
