@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image, UnidentifiedImageError
 
 from metajax.data import prepared
 from metajax.datasets import omniglot
 from metajax.errors import UserError
-
-tfds = pytest.importorskip('tensorflow_datasets', reason='tensorflow-datasets is not installed')
 
 ROOT = Path(__file__).parent.parent
 
