@@ -1,7 +1,6 @@
 """Image data sets that TensorFlow Datasets (TFDS) has prepared on this machine.
 
-TFDS reads its ArrayRecord files without TensorFlow. TensorFlow is needed only for TFRecord files and to prepare one of
-TFDS's own data sets.
+Reading them needs no TensorFlow; preparing one of TFDS's own data sets does.
 """
 
 import contextlib
@@ -92,8 +91,7 @@ def find(builder, data_dir):
 def read(builder, folder, extra=()):
   """Reads the labels of a prepared data set; images wait until `Item.open`.
 
-  Labels take about 0.1 ms per example, more where the disk is slow, as every example is read whole. From TFRecord
-  files, which allow no random access, an item keeps its encoded image in memory.
+  Labels take about 0.1 ms per example, more where the disk is slow, as every example is read whole.
 
   Args:
     builder: what the data set is called in errors.
@@ -104,8 +102,8 @@ def read(builder, folder, extra=()):
     iterator over Records, split by split in the order of TFDS. Examples without a label (-1) are left out.
 
   Raises:
-    UserError: the files are damaged or not all there (while iterating, too), have no image or no label or several of
-      which none stands out, lack a feature of `extra`, or are TFRecord files and TensorFlow is not installed.
+    UserError: the files are damaged or not all there (while iterating, too), are neither ArrayRecord, Parquet nor
+      TFRecord files, have no image or no label or several of which none stands out, or lack a feature of `extra`.
   """
   import tensorflow_datasets as tfds  # only here, to keep looking for a data set quick
 
@@ -127,26 +125,54 @@ def read(builder, folder, extra=()):
   try:
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     sources = {split: prepared.as_data_source(split, deserialize_method=raw) for split in places}
-  except NotImplementedError as error:  # no random access
-    if not _has_tensorflow():
-      raise UserError(
-        f'{where} is stored as {prepared.info.file_format.value}, which only TensorFlow reads: install tensorflow, '
-        "or prepare it again with file_format='array_record'"
-      ) from error
-    examples = {split: _in_order(place, prepared, split, wanted, image, skip) for split, place in places.items()}
-  else:
     _allow_open_files(sum(len(split.filepaths) for split in splits), where)
-    parse = tfds.features.FeaturesDict(wanted).deserialize_example_np
-    parse_image = tfds.features.FeaturesDict({image: features[image]}).deserialize_example_np
+  except NotImplementedError as error:  # TFDS has no random access to this format
+    if prepared.info.file_format.value != 'tfrecord':
+      raise UserError(
+        f"{where} is stored as {prepared.info.file_format.value}: prepare it again with file_format='array_record'"
+      ) from error
+    sources = {split.name: _TfRecords(split, where) for split in splits}
 
-    def load(split, number):
-      return parse_image(_fetch(sources[split], number), decoders=skip)[image]
+  parse = tfds.features.FeaturesDict(wanted).deserialize_example_np
+  parse_image = tfds.features.FeaturesDict({image: features[image]}).deserialize_example_np
 
-    examples = {
-      split: _by_number(place, sources[split], parse, functools.partial(load, split)) for split, place in places.items()
-    }
+  def load(split, number):
+    return parse_image(_fetch(sources[split], number), decoders=skip)[image]
 
+  examples = {
+    split: _by_number(place, sources[split], parse, functools.partial(load, split)) for split, place in places.items()
+  }
   return _records(examples, wanted, label)
+
+
+class _TfRecords:
+  """Random access to TFRecord files.
+
+  A record is its length (uint64), a checksum of the length (4 bytes), the content, and a checksum of it (4 bytes). The
+  checksums are not verified: a picture that is damaged does not decode.
+  """
+
+  def __init__(self, split, where):
+    self._records = []  # path, offset, length
+    for path in map(os.fspath, split.filepaths):
+      with open(path, 'rb') as file:
+        size = os.fstat(file.fileno()).st_size
+        while header := file.read(12):
+          length = int.from_bytes(header[:8], 'little')
+          self._records.append((path, file.tell(), length))
+          if file.seek(length + 4, os.SEEK_CUR) > size:
+            raise _unreadable(where, f'{os.path.basename(path)} is cut short')
+    if len(self._records) != split.num_examples:
+      raise _unreadable(where, f'split {split.name} has {len(self._records)} of {split.num_examples} examples')
+
+  def __len__(self):
+    return len(self._records)
+
+  def __getitem__(self, number):
+    path, offset, length = self._records[number]
+    with open(path, 'rb') as file:
+      file.seek(offset)
+      return file.read(length)
 
 
 def _allow_open_files(files, where):
@@ -187,25 +213,6 @@ def _fetch(source, number):
   if not record:  # what array_record returns from a file that was cut at the end of a block
     raise EOFError('the file is cut short')
   return record
-
-
-def _in_order(place, prepared, split, wanted, image, skip):
-  """Likewise through TensorFlow, from files without random access; items keep their images as they come."""
-  import tensorflow as tf
-  import tensorflow_datasets as tfds
-
-  _hide_gpus()
-  dataset = prepared.as_dataset(
-    split=split,
-    decoders=tfds.decode.PartialDecoding({name: True for name in (image, *wanted)}, decoders=skip),
-    read_config=tfds.ReadConfig(interleave_cycle_length=1),  # one file after the other
-  )
-  number = -1
-  try:
-    for number, example in enumerate(tfds.as_numpy(dataset)):
-      yield example, Item(place, number, lambda _, content=example[image]: content)
-  except tf.errors.OpError as error:
-    raise _unreadable(f'example {number + 1} of {place}', error) from error
 
 
 def prepare(builder, data_dir):
