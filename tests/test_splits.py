@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from metajax.datasets import omniglot
 
@@ -133,7 +134,6 @@ def test_quickdraw():
 
 
 def test_quickdraw_files_as_tfds_knows_them():
-  tfds = pytest.importorskip('tensorflow_datasets')
   path = Path(tfds.__file__).parent / 'datasets' / 'quickdraw_bitmap' / 'checksums.tsv'
   files = {}
   for line in path.read_text().splitlines():
