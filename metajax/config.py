@@ -252,7 +252,9 @@ def _keywords(function):
 
 
 def _function(group, name):
+  """What builds the module of that name; after a colon stands its first argument, as in 'tfds:omniglot'."""
   package, entry = _PACKAGES[group]
+  name, colon, argument = name.partition(':')
   if not re.fullmatch(r'\w+(\.\w+)*', name):
     raise UserError(f'config.{group}.name: {name!r} is not the name of a module')
   path = name if '.' in name else f'{package}.{name}'
@@ -264,7 +266,12 @@ def _function(group, name):
     raise UserError(f'config.{group}.name: there is no {name!r}{_known(name, _names(group))}') from None
   if not _is_entry(group, module):
     raise UserError(f'config.{group}.name: {path} has no {entry}()')
-  return getattr(module, entry)
+  function = getattr(module, entry)
+  first = next(iter(inspect.signature(function).parameters), None)
+  if bool(colon) != (group == 'data' and first != 'data_dir'):
+    form = f'{name} takes no argument' if colon else f'what follows {name} is missing, as in {name}:{first.upper()}'
+    raise UserError(f'config.{group}.name: {form}')
+  return functools.partial(function, argument) if colon else function
 
 
 def _is_entry(group, module):

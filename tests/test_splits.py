@@ -214,4 +214,5 @@ def test_rule_of_maml_plus_plus_omniglot_split():
   shuffled = [numbers[sorted(numbers)[k]] for k in order]
   splits = {'train': shuffled[:first], 'val': shuffled[first:second], 'test': shuffled[second:]}
   assert sizes(splits) == [1150, 50, 423]
-  assert in_order(splits) == in_order(reference('omniglot_vinyals')['mamlpp_val_seed_0'])
+  ours = {split: [numbers[c] for c in names] for split, names in omniglot._SPLITS['maml++'](0).items()}
+  assert in_order(ours) == in_order(splits) == in_order(reference('omniglot_vinyals')['mamlpp_val_seed_0'])

@@ -7,8 +7,8 @@ import threading
 
 import numpy as np
 
-from metajax.data import archive, images, unpickle
-from metajax.data.source import SPLITS, Contents, Format
+from metajax.data import archive, images, prepared, unpickle
+from metajax.data.source import SPLITS, Contents, Format, Prepared
 from metajax.errors import UserError
 
 
@@ -159,6 +159,30 @@ def labelled(names, load, known=lambda split, label: None):
     return Contents(classes, splits={} if named else dict(splits))
 
   return Format(', '.join(names), find, read)
+
+
+def tfds(builder, known, extra=(), transform=None):
+  """What TFDS has prepared.
+
+  Args:
+    builder: TFDS's name of the data set.
+    known: `prepared.Record` -> the class's name, or None for an image that is none of the data set's.
+    extra: features that `known` needs besides the label.
+    transform: of the images, see `Contents`.
+
+  Returns:
+    Prepared
+  """
+
+  def read(folder, scratch):
+    del scratch
+    classes = collections.defaultdict(list)
+    for record in prepared.read(builder, folder, extra):
+      if name := known(record):
+        classes[name].append(record.item)
+    return Contents(classes, transform=transform)
+
+  return Prepared(builder, read)
 
 
 def load_pickle(path, scratch):

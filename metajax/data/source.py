@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from metajax.data import archive, conversion, download, images, table
+from metajax.data import archive, conversion, download, images, prepared, table
 from metajax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -134,13 +134,10 @@ def locate(dataset, data_dir):
         if all(os.path.isfile(os.path.join(folder, name)) for name in names):
           paths = [os.path.join(folder, name) for name in names]
           return Found(', '.join(names), folder, paths, functools.partial(_read_archives, dataset, folder, paths))
-  if dataset.prepared:
-    from metajax.data import prepared
-
-    for builder, read in dataset.prepared:
-      if folder := prepared.find(builder, data_dir):
-        paths = sorted(glob.glob(os.path.join(glob.escape(folder), '*')))
-        return Found(f'TFDS {builder}', folder, paths, functools.partial(read, folder))
+  for builder, read in dataset.prepared:
+    if folder := prepared.find(builder, data_dir):
+      paths = sorted(str(path) for path in folder.iterdir() if path.is_file())
+      return Found(f'TFDS {builder}', str(folder), paths, functools.partial(read, folder))
   return None
 
 
@@ -204,13 +201,11 @@ def _read_archives(dataset, folder, paths, scratch):
 
 def _convert(key, dataset, data_dir, rendering, skip_bad, alone):
   found = locate(dataset, data_dir)
-  if found is None and dataset.downloads:
-    _download(dataset, os.path.join(data_dir, dataset.places[0]))
+  if found is None:
+    _get(dataset, data_dir)
     found = locate(dataset, data_dir)
   if found is None:
-    raise UserError(
-      f'{dataset.title} is not in {data_dir}; put one of these there: {"; ".join(places(dataset, data_dir))}'
-    )
+    raise UserError(f'{dataset.title} was downloaded to {data_dir}, but is not found there')
   _log.info('reading %s from %s', dataset.title, found.folder)
   fingerprint = table.fingerprint(found.folder, found.paths)
   scratch = table.cache_dir() / f'.{key}.{fingerprint[:16]}.unpacked'
@@ -242,12 +237,15 @@ def _convert(key, dataset, data_dir, rendering, skip_bad, alone):
   return result
 
 
-def _download(dataset, folder):
+def _get(dataset, data_dir):
+  """Downloads a data set, or has TFDS do it."""
   if dataset.terms:
     _log.warning('%s: %s', dataset.title, dataset.terms)
+  if not dataset.downloads:
+    return prepared.prepare(dataset.prepared[0].builder, data_dir)
   try:
     for remote in dataset.downloads:
-      download.fetch(remote, folder)
+      download.fetch(remote, os.path.join(data_dir, dataset.places[0]))
   except UserError as error:
     raise UserError(f'{error}; `python -m metajax.data --list` says what other files will do') from error
 

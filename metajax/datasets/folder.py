@@ -43,7 +43,7 @@ def load(
   """
   rendering = images.Rendering(size, 'L' if grey else 'RGB', resample, crop)
   result = source.obtain(dataset(data_dir, path, grey), data_dir, rendering)
-  splits = result.splits or _divide(result.names, fractions, split_seed, os.path.join(data_dir, path))
+  splits = result.splits or deal(result.names, fractions, split_seed, os.path.join(data_dir, path))
   return source.divide(result, {split: splits[split] for split in ('train', 'val', 'test') if split in splits})
 
 
@@ -90,15 +90,15 @@ def _read(root, paths, scratch):
   return source.Contents(classes, {split: sorted(names) for split, names in splits.items()}, faults=tuple(faults))
 
 
-def _divide(classes, fractions, seed, root):
-  """Deals sorted class names to splits, as `load` says."""
+def deal(classes, fractions, seed, where):
+  """Deals sorted class names to splits, as `load` says; `where` they are is for errors."""
   if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
     raise UserError(f'fractions {tuple(fractions)} are not three parts of 1, for train, val and test')
   counts = [max(1, round(len(classes) * f)) if f else 0 for f in fractions]
   largest = int(np.argmax(fractions))
   counts[largest] += len(classes) - sum(counts)
   if classes and counts[largest] < 1:
-    raise UserError(f'{root} holds {len(classes)} classes, too few for the splits {tuple(fractions)}')
+    raise UserError(f'{where} holds {len(classes)} classes, too few for the splits {tuple(fractions)}')
   order = [classes[k] for k in np.random.default_rng(seed).permutation(len(classes))]
   ends = np.cumsum(counts)
   return {

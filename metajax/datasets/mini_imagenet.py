@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from metajax.data import containers, images, source, unpickle
+from metajax.data import containers, images, prepared, source, unpickle
 from metajax.data.download import Remote
 from metajax.errors import UserError
 
@@ -75,6 +75,7 @@ def dataset():
       ('train.tar', 'val.tar', 'test.tar'),
       ('miniimagenet.zip',),
     ),
+    prepared=(source.Prepared('imagenet2012', _read_tfds),),
     downloads=(
       Remote(
         'mini-imagenet.tar.gz',
@@ -126,21 +127,33 @@ def _read_caches(paths, scratch):
 
 
 def _read_folders(paths, scratch):
-  """Of a class of ILSVRC as a whole, the images whose rank by number is in Ravi and Larochelle's list."""
   contents = _FOLDERS.read(paths, scratch)
-  classes = {c: _listed(c, items) if c in _classes() else items for c, items in contents.classes.items()}
+  classes = {
+    c: _listed(c, [os.path.basename(item.path) for item in items], items) for c, items in contents.classes.items()
+  }
   return contents._replace(classes=classes)
 
 
-def _listed(wnid, items):
-  numbers = [re.fullmatch(rf'{wnid}_(\d+)\.jpe?g', os.path.basename(str(item)), re.IGNORECASE) for item in items]
-  if len(items) <= _PER_CLASS or not all(numbers):
+def _read_tfds(folder, scratch):
+  del scratch
+  names, items = collections.defaultdict(list), collections.defaultdict(list)
+  for record in prepared.read('imagenet2012', folder, extra=('file_name',)):
+    if record.split == 'train' and record.label in _classes():
+      names[record.label].append(record.extra['file_name'])
+      items[record.label].append(record.item)
+  return source.Contents({c: _listed(c, names[c], items[c]) for c in items})
+
+
+def _listed(wnid, names, items):
+  """Of a class of ILSVRC as a whole, the images whose rank by number is in Ravi and Larochelle's list."""
+  numbers = [re.fullmatch(rf'{wnid}_(\d+)\.jpe?g', name, re.IGNORECASE) for name in names]
+  if wnid not in _classes() or len(items) <= _PER_CLASS or not all(numbers):
     return items
   total, bitmap = _classes()[wnid]
   if len(items) != total:
     raise UserError(
-      f"{os.path.dirname(str(items[0]))} has {len(items)} of ILSVRC's {total} images: mini-ImageNet's are found by "
-      'their rank among all, so complete the folder'
+      f"{items[0]} is one of {len(items)} of ILSVRC's {total} images of {wnid}: mini-ImageNet's are found by their "
+      'rank among all, so complete them'
     )
   ranked = [items[k] for k in np.argsort([int(number[1]) for number in numbers])]
   return [ranked[rank - 1] for rank in _ranks(bitmap)]

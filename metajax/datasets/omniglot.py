@@ -74,6 +74,7 @@ def dataset():
       containers.hdf5(['data.hdf5'], lambda path: path.partition('/')[2] if path.startswith(halves) else None),
     ),
     archives=(tuple(f'{half}.zip' for half in halves), ('omniglot.tar.gz',), ('omniglot.zip',)),
+    prepared=(containers.tfds('omniglot', _of_tfds, extra=('alphabet', 'alphabet_char_id'), transform=_ink),),
     downloads=(
       _remote(halves[0], 9464212, 'ad41ab679c8b5d90b271ef46be6987cc81211774a695c29dcc5367b2b26ee640'),
       _remote(halves[1], 6462886, '1f61a8f3366785b057fc117d9228e78a16e3d976c8953b2a10fcc74cf0609cee'),
@@ -85,6 +86,17 @@ def dataset():
 
 def _remote(half, size, sha256):
   return Remote(f'{half}.zip', tuple(f'{mirror}{half}.zip' for mirror in _MIRRORS), sha256=sha256, size=size)
+
+
+def _of_tfds(record):
+  """The class of an image that TFDS has prepared; its other splits, `small1` and `small2`, repeat some of these."""
+  if record.split in ('train', 'test'):
+    return f'{record.extra["alphabet"]}/character{record.extra["alphabet_char_id"] + 1:02d}'
+
+
+def _ink(image):
+  """Black on white becomes 255 on 0."""
+  return ImageOps.invert(image.convert('L'))
 
 
 def _folders(*tops):
@@ -110,7 +122,7 @@ def _folders(*tops):
     classes = collections.defaultdict(list)
     for path in paths:
       classes['/'.join(pathlib.PurePath(path).parts[-3:-1])].append(images.File(path))
-    return source.Contents(classes, transform=lambda image: ImageOps.invert(image.convert('L')))
+    return source.Contents(classes, transform=_ink)
 
   return source.Format(
     'images in ' + ' and '.join(os.path.join(top, '<alphabet>/<character>/') for top in tops), find, read
