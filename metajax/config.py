@@ -127,7 +127,7 @@ def complete(config):
     if not isinstance(settings, dict):
       raise UserError(f'config.{group} is a group of settings, not {settings!r}')
     if group in _PACKAGES and not settings.get('name'):
-      raise UserError(f'config.{group}.name is missing: it is one of {", ".join(_names(group))}')
+      raise UserError(f'config.{group}.name is missing: it is one of {", ".join(names(group))}')
     _fill(f'config.{group}', settings, _defaults(group, settings.get('name')), name=settings.get('name'))
   return ml_collections.ConfigDict(config, type_safe=True).lock()
 
@@ -159,7 +159,7 @@ def override(config, arguments):
 
 def call(function, config, group, *supplied, **more):
   """Calls `function` with those settings of a group that are keyword arguments of it."""
-  known = _keywords(function)
+  known = keywords(function)
   settings = {k: v for k, v in _plain(config[group]).items() if k in known and k not in more}
   try:
     return function(*supplied, **settings, **more)
@@ -169,7 +169,7 @@ def call(function, config, group, *supplied, **more):
 
 def build(config, group, *supplied, **more):
   """Calls the `make` (or a data set's `load`) that `config.GROUP.name` names."""
-  return call(_function(group, config[group].name), config, group, *supplied, **more)
+  return call(find(group, config[group].name), config, group, *supplied, **more)
 
 
 def get(config, name):
@@ -235,12 +235,12 @@ def _defaults(group, name):
   if group == 'eval':
     return dict(_EVAL)
   if group == 'optimizer':
-    return _keywords(optimizers.make)
-  keywords = _keywords(_function(group, name))
-  return {**keywords, **_DATA} if group == 'data' else keywords
+    return keywords(optimizers.make)
+  settings = keywords(find(group, name))
+  return {**settings, **_DATA} if group == 'data' else settings
 
 
-def _keywords(function):
+def keywords(function):
   """{name: default} of a function's settings: keyword-only arguments of a type that a file can hold."""
   return {
     p.name: p.default
@@ -251,7 +251,7 @@ def _keywords(function):
   }
 
 
-def _function(group, name):
+def find(group, name):
   """What builds the module of that name; after a colon stands its first argument, as in 'tfds:omniglot'."""
   package, entry = _PACKAGES[group]
   name, colon, argument = name.partition(':')
@@ -263,7 +263,7 @@ def _function(group, name):
   except ModuleNotFoundError as error:
     if error.name != path:
       raise
-    raise UserError(f'config.{group}.name: there is no {name!r}{_known(name, _names(group))}') from None
+    raise UserError(f'config.{group}.name: there is no {name!r}{_known(name, names(group))}') from None
   if not _is_entry(group, module):
     raise UserError(f'config.{group}.name: {path} has no {entry}()')
   function = getattr(module, entry)
@@ -279,7 +279,8 @@ def _is_entry(group, module):
   return function is not None and (group != 'data' or 'data_dir' in inspect.signature(function).parameters)
 
 
-def _names(group):
+def names(group):
+  """Names that a group's `name` may have, besides dotted ones."""
   package = importlib.import_module(_PACKAGES[group][0])
   modules = [name for _, name, _ in pkgutil.iter_modules(package.__path__)]
   return [name for name in modules if _is_entry(group, importlib.import_module(f'{package.__name__}.{name}'))]

@@ -45,6 +45,49 @@ SHOWN = 8  # at most so many support and so many query images of a class in an e
 
 
 @matplotlib.rc_context(STYLE)
+def contact_sheet(path, title, splits, classes=8, columns=12):
+  """Draws sample images of each split, a class a row.
+
+  Args:
+    path: where the PNG goes.
+    title: of the sheet.
+    splits: split -> ClassTable.
+    classes: rows of a split, at most; evenly spaced over its classes.
+    columns: images of a class, at most; evenly spaced.
+  """
+  rows = {
+    split: np.linspace(0, len(t.names) - 1, min(classes, len(t.names))).round().astype(int)
+    for split, t in splits.items()
+  }
+  fig = Figure(figsize=(11, 1.2 + 0.62 * sum(map(len, rows.values()))), layout='constrained')
+  fig.suptitle(title)
+  heights = [len(of_split) for of_split in rows.values()]
+  for ax, (split, t) in zip(
+    fig.subplots(len(splits), height_ratios=heights, squeeze=False)[:, 0], splits.items(), strict=True
+  ):
+    h, w, c = t.images.shape[1:]
+    gap = max(1, h // 14)
+    sheet = np.full((len(rows[split]) * (h + gap), columns * (w + gap), c), 255, np.uint8)
+    for y, k in enumerate(rows[split]):
+      picks = np.linspace(0, t.counts[k] - 1, min(columns, t.counts[k])).round().astype(int)
+      for x, pick in enumerate(picks):
+        image = np.rot90(t.images[t.starts[k] + pick], t.turns[k])
+        sheet[y * (h + gap) : y * (h + gap) + h, x * (w + gap) : x * (w + gap) + w] = image
+    ax.imshow(sheet.squeeze(), cmap='gray', vmin=0, vmax=255, interpolation='none' if h >= 60 else 'nearest')
+    ax.set_title(f'{split}: {len(t.names)} classes, {t.counts.sum()} images')
+    ax.set_yticks(np.arange(len(rows[split])) * (h + gap) + h / 2, [_short(t.names[k]) for k in rows[split]])
+    ax.set_xticks([])
+    ax.grid(False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+  fig.savefig(path, dpi=100)
+
+
+def _short(name, length=28):
+  return name if len(name) <= length else f'...{name[3 - length :]}'
+
+
+@matplotlib.rc_context(STYLE)
 def learning_curves(path, records):
   """Draws loss and accuracy against meta-updates, meta-training and meta-validation.
 

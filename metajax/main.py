@@ -102,8 +102,13 @@ def parse(argv):
     path, _, arg = values.config.partition(':')
     values.workdir = str(Path('runs') / (Path(path).stem + (f'-{arg}' if arg else '')))
   if not values.data_dir:
-    values.data_dir = os.environ.get('METAJAX_DATA') or str(Path.home() / 'metajax_data')
+    values.data_dir = data_folder()
   return values, overrides
+
+
+def data_folder():
+  """Where archives of data sets lie or go, unless --data_dir says otherwise."""
+  return os.environ.get('METAJAX_DATA') or str(Path.home() / 'metajax_data')
 
 
 if __name__ == '__main__':

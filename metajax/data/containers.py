@@ -47,6 +47,7 @@ def class_folders(known, inside=('',), suffix=''):
       if name in classes:
         first = os.path.dirname(classes[name][0].path)
         faults.append(f'class {name} is in {first} and in {place}: remove it from one')
+        name = place
       classes[name] = items
     return Contents(classes, faults=tuple(faults))
 

@@ -146,39 +146,59 @@ class _Partial:
 
 def _write(partial, items, decode, label, skip_bad):
   """Decodes the items that have not been done yet."""
+
+  def attempt(index):
+    try:
+      return decode(items[index])
+    except UserError as error:
+      if not skip_bad:
+        raise
+      return index, str(error)
+
+  for results in on_cores(attempt, range(len(items)), f'converting {label}', partial.items):
+    bad = [result for result in results if isinstance(result, tuple)]
+    for _, reason in bad:
+      _log.warning('left out: %s', reason)
+    images = [result for result in results if not isinstance(result, tuple)]
+    partial.add(np.stack(images) if images else np.empty((0, *partial.shape), np.uint8), bad)
+
+
+def on_cores(function, items, label, done=0):
+  """Calls `function(item)` for every item, on all cores, under a progress bar.
+
+  Only a few calls are ahead of the caller, so that results do not pile up in memory.
+
+  Args:
+    function: called from several threads.
+    items: a sequence.
+    label: of the bar.
+    done: items from the front to leave out.
+
+  Yields:
+    lists of some results, in order.
+  """
   from tqdm import tqdm  # only here, to keep opening a table quick
 
-  def work(first):
-    images, bad = [], []
-    for index in range(first, min(first + _CHUNK, len(items))):
-      try:
-        images.append(decode(items[index]))
-      except UserError as error:
-        if not skip_bad:
-          raise
-        bad.append((index, str(error)))
-    return np.stack(images) if images else np.empty((0, *partial.shape), np.uint8), bad
-
-  with tqdm(total=len(items), initial=partial.items, desc=f'converting {label}', unit=' images', disable=None) as bar:
-    for images, bad in _map_in_order(work, range(partial.items, len(items), _CHUNK)):
-      for _, reason in bad:
-        _log.warning('left out: %s', reason)
-      partial.add(images, bad)
-      bar.update(len(images) + len(bad))
-
-
-def _map_in_order(function, jobs):
-  """Like `map`, in threads, with only a few jobs ahead so that results do not pile up in memory."""
   workers = os.cpu_count() or 1
   pending = collections.deque()
-  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+  with (
+    tqdm(total=len(items), initial=done, desc=label, unit=' images', disable=None) as bar,
+    concurrent.futures.ThreadPoolExecutor(workers) as pool,
+  ):
+
+    def finished():
+      results = pending.popleft().result()
+      bar.update(len(results))
+      return results
+
     try:
-      for job in jobs:
-        pending.append(pool.submit(function, job))
+      for first in range(done, len(items), _CHUNK):
+        chunk = items[first : first + _CHUNK]
+        pending.append(pool.submit(lambda chunk=chunk: [function(item) for item in chunk]))
         if len(pending) > 2 * workers:
-          yield pending.popleft().result()
+          yield finished()
       while pending:
-        yield pending.popleft().result()
-    finally:  # after an error, do not decode what nobody wants any more
+        yield finished()
+    finally:  # after an error, do not do what nobody wants any more
       for future in pending:
         future.cancel()

@@ -1,5 +1,7 @@
 """Where data sets come from: a converted table, files in one of several formats, TFDS, a download."""
 
+import contextlib
+import contextvars
 import functools
 import glob
 import logging
@@ -16,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 SPLITS = {'train': 'train', 'val': 'val', 'validation': 'val', 'valid': 'val', 'test': 'test'}  # as people spell them
 IMAGENET_TERMS = "ImageNet's terms allow non-commercial research and education only"
-_HASHED = 64  # up to so many files, the manifest has the hash of each
+_HASHED = 16  # up to so many files, the manifest has the hash of each
 _NONE = types.MappingProxyType({})
 
 
@@ -68,14 +70,26 @@ class Found(NamedTuple):
   read: Callable  # (scratch folder) -> Contents
 
 
-def obtain(dataset: Dataset, data_dir, rendering: images.Rendering, *, skip_bad=False):
+_skip_bad = contextvars.ContextVar('skip_bad', default=False)
+
+
+@contextlib.contextmanager
+def skipping_bad():
+  """Within, conversions leave out images that do not decode, and list them, instead of stopping at the first."""
+  token = _skip_bad.set(True)
+  try:
+    yield
+  finally:
+    _skip_bad.reset(token)
+
+
+def obtain(dataset: Dataset, data_dir, rendering: images.Rendering):
   """The data set's table: the one that is there, else converted from the first source there is.
 
   Args:
     dataset: what to look for.
     data_dir: str, where its files lie or are downloaded to; need not exist.
     rendering: of the images.
-    skip_bad: leave out images that do not decode.
 
   Returns:
     table.Table; of what it lacks of the data set as published, a warning tells.
@@ -91,7 +105,7 @@ def obtain(dataset: Dataset, data_dir, rendering: images.Rendering, *, skip_bad=
     with conversion.writes(lock.parent):
       lock.parent.mkdir(parents=True, exist_ok=True)
       with table.locked(lock) as alone:
-        result = _current(key, dataset, data_dir) or _convert(key, dataset, data_dir, rendering, skip_bad, alone)
+        result = _current(key, dataset, data_dir) or _convert(key, dataset, data_dir, rendering, alone)
   for note in result.notes[:5]:
     _log.warning('%s is not as published: %s', dataset.title, note)
   if len(result.notes) > 5:
@@ -118,8 +132,8 @@ def divide(images, splits):
   Returns:
     split -> ClassTable; a split without any class is absent.
   """
-  there = set(images.names)
-  splits = {split: [c for c in classes if c in there] for split, classes in (images.splits or splits).items()}
+  there, splits = set(images.names), images.splits or splits
+  splits = {split: [c for c in splits.get(split, ()) if c in there] for split in ('train', 'val', 'test')}
   return table.class_tables(images, {split: classes for split, classes in splits.items() if classes})
 
 
@@ -139,6 +153,12 @@ def locate(dataset, data_dir):
       paths = sorted(str(path) for path in folder.iterdir() if path.is_file())
       return Found(f'TFDS {builder}', str(folder), paths, functools.partial(read, folder))
   return None
+
+
+def outside(text, found, scratch):
+  """A text in which paths of what was unpacked are told as those in the archive."""
+  archives = ', '.join(os.path.basename(path) for path in found.paths)
+  return text.replace(f'{scratch / "archives"}{os.sep}', f'{archives}: ')
 
 
 def deviations(dataset, contents):
@@ -163,7 +183,8 @@ def read(dataset, found, scratch):
   classes = {c: items for c, items in sorted(contents.classes.items()) if len(items)}
   if not classes:
     raise UserError(f'{found.paths[0]} has no images of {dataset.title}: replace it')
-  if dataset.counts and not contents.splits and (strange := sorted(classes.keys() - dataset.counts.keys())):
+  named = dataset.counts and not contents.splits and not contents.faults
+  if named and (strange := sorted(classes.keys() - dataset.counts.keys())):
     if dataset.counts.keys() - classes.keys():  # or else it is a larger data set, such as ILSVRC, with all of ours
       raise UserError(
         f'{found.folder} has class {strange[0]}, which is not in {dataset.title}: {len(strange)} of '
@@ -199,7 +220,7 @@ def _read_archives(dataset, folder, paths, scratch):
   raise UserError(f'{paths[0]} holds nothing that {dataset.title} is known by: replace it')
 
 
-def _convert(key, dataset, data_dir, rendering, skip_bad, alone):
+def _convert(key, dataset, data_dir, rendering, alone):
   found = locate(dataset, data_dir)
   if found is None:
     _get(dataset, data_dir)
@@ -213,9 +234,9 @@ def _convert(key, dataset, data_dir, rendering, skip_bad, alone):
     shutil.rmtree(stale, ignore_errors=True)
   try:
     contents = read(dataset, found, scratch)
-  except UserError:
+  except UserError as error:
     shutil.rmtree(scratch, ignore_errors=True)
-    raise
+    raise UserError(outside(str(error), found, scratch)) from error
   if contents.faults:
     more = f' (and {len(contents.faults) - 1} more faults)' if len(contents.faults) > 1 else ''
     raise UserError(f'{contents.faults[0]}{more}; `python -m metajax.data NAME --check` lists all that is wrong')
@@ -230,9 +251,14 @@ def _convert(key, dataset, data_dir, rendering, skip_bad, alone):
   }
 
   def decode(item):
-    return images.pixels(item, rendering, contents.transform)
+    try:
+      return images.pixels(item, rendering, contents.transform)
+    except UserError as error:
+      raise UserError(outside(str(error), found, scratch)) from error
 
-  result = conversion.convert(key, contents.classes, decode, rendering.shape, job, skip_bad=skip_bad, alone=alone)
+  result = conversion.convert(
+    key, contents.classes, decode, rendering.shape, job, skip_bad=_skip_bad.get(), alone=alone
+  )
   shutil.rmtree(scratch, ignore_errors=True)
   return result
 

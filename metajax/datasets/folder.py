@@ -44,7 +44,7 @@ def load(
   rendering = images.Rendering(size, 'L' if grey else 'RGB', resample, crop)
   result = source.obtain(dataset(data_dir, path, grey), data_dir, rendering)
   splits = result.splits or deal(result.names, fractions, split_seed, os.path.join(data_dir, path))
-  return source.divide(result, {split: splits[split] for split in ('train', 'val', 'test') if split in splits})
+  return source.divide(result, splits)
 
 
 def dataset(data_dir, path='', grey=False):
@@ -84,6 +84,7 @@ def _read(root, paths, scratch):
       faults.append(f'class folder {place} in {root} has no images: add some, or remove it')
     if c in classes:
       faults.append(f'class {c} is in {split} and in another split of {root}: test classes must be unseen')
+      c = place
     classes[c] = items
     if split:
       splits[source.SPLITS[split]].append(c)

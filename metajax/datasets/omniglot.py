@@ -119,10 +119,15 @@ def _folders(*tops):
 
   def read(paths, scratch):
     del scratch
-    classes = collections.defaultdict(list)
+    classes, faults = collections.defaultdict(list), []
     for path in paths:
-      classes['/'.join(pathlib.PurePath(path).parts[-3:-1])].append(images.File(path))
-    return source.Contents(classes, transform=_ink)
+      place = os.path.dirname(path)
+      name = '/'.join(pathlib.PurePath(place).parts[-2:])
+      if classes[name] and not classes[name][0].path.startswith(place + os.sep):
+        faults.append(f'class {name} is in {os.path.dirname(classes[name][0].path)} and in {place}: remove it from one')
+        name = place
+      classes[name].append(images.File(path))
+    return source.Contents(classes, transform=_ink, faults=tuple(dict.fromkeys(faults)))
 
   return source.Format(
     'images in ' + ' and '.join(os.path.join(top, '<alphabet>/<character>/') for top in tops), find, read
