@@ -9,7 +9,7 @@ import tarfile
 import zipfile
 import zlib
 
-from metajax.errors import UserError
+from metajax.errors import UserError, first_line
 
 _BLOCK = 1 << 20  # bytes
 _MAX_HEADER = 1 << 20  # bytes of a long name or of attributes in a tar file, which tarfile takes into memory
@@ -50,7 +50,7 @@ def unpack(paths, folder):
         except (OSError, *_DAMAGE) as error:
           if getattr(error, 'errno', None):  # the disk's: what decompression raises has none
             raise
-          raise UserError(f'{path} is damaged or no archive ({error}): replace it') from error
+          raise UserError(f'{path} is damaged or no archive ({first_line(error)}): replace it') from error
     partial.rename(folder)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
