@@ -54,7 +54,7 @@ def rows(split):
 
 def labels(split):
   """As Ren et al. publish them, with numbers of classes in no order."""
-  order = sorted(CLASSES[split], key=words, reverse=True)
+  order = sorted(CLASSES[split], key=words)
   return {
     'label_specific': np.array([order.index(wnid) for wnid, _ in rows(split)], np.int32),
     'label_general': np.zeros(len(rows(split)), np.int32),
