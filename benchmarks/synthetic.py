@@ -8,22 +8,24 @@ import numpy as np
 from metajax.data.table import ClassTable
 
 
-def load(data_dir, *, size=28, channels=1, classes=64, images_per_class=600):
-  """Makes the table (classes * images_per_class, size, size, channels) in `data_dir` once, and maps it.
+def load(data_dir, *, size=28, channels=1, classes=64, images=38_400):
+  """Makes the table (images, size, size, channels) in `data_dir` once, and maps it.
 
-  What the page cache holds of the file is dropped, as if the machine had just been started.
+  Images are dealt to the classes evenly. What the page cache holds of the file is dropped, as if the machine had just
+  been started.
   """
-  path = Path(data_dir) / f'{classes}x{images_per_class}x{size}x{size}x{channels}.npy'
+  path = Path(data_dir) / f'{images}x{size}x{size}x{channels}.npy'
+  counts = np.array([len(part) for part in np.array_split(range(images), classes)])
   if not path.exists():
-    images = np.lib.format.open_memmap(path, 'w+', np.uint8, shape=(classes * images_per_class, size, size, channels))
     rng = np.random.default_rng(0)
-    for rows in np.split(images, classes):
-      rows[:] = rng.integers(0, 256, rows.shape, np.uint8)
-    images.flush()
+    header = {'descr': '|u1', 'fortran_order': False, 'shape': (images, size, size, channels)}
+    with path.open('wb') as file:  # which, unlike a memory map, may be larger than memory
+      np.lib.format.write_array_header_1_0(file, header)
+      for count in counts:
+        file.write(rng.bytes(int(count) * size * size * channels))
   with path.open('rb') as file:
     os.fsync(file.fileno())
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-  counts = np.full(classes, images_per_class)
   names = tuple(str(k) for k in range(classes))
-  images = np.load(path, mmap_mode='r')
-  return {'train': ClassTable(images, np.cumsum(counts) - counts, counts, np.zeros(classes, np.int8), names)}
+  rows = np.load(path, mmap_mode='r')
+  return {'train': ClassTable(rows, np.cumsum(counts) - counts, counts, np.zeros(classes, np.int8), names)}

@@ -7,16 +7,16 @@ from metajax import config as config_lib
 from metajax.data import pipeline
 from tests.conftest import TINY
 
-TABLE = dict(size=8, channels=1, classes=6, images_per_class=4)
+TABLE = dict(size=8, channels=1, classes=6, images=26)
 
 
 def test_synthetic_table_is_made_once_and_mapped(tmp_path):
   table = synthetic.load(tmp_path, **TABLE)['train']
   again = synthetic.load(tmp_path, **TABLE)['train']
-  assert isinstance(table.images, np.memmap) and table.images.shape == (24, 8, 8, 1)
+  assert isinstance(table.images, np.memmap) and table.images.shape == (26, 8, 8, 1)
   assert len(np.unique(table.images)) > 200
   np.testing.assert_array_equal(table.images, again.images)
-  assert table.starts.tolist() == [0, 4, 8, 12, 16, 20] and len(list(tmp_path.iterdir())) == 1
+  assert table.starts.tolist() == [0, 5, 10, 14, 18, 22] and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.usefixtures('quick_compilation')

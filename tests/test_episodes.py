@@ -1,6 +1,7 @@
 """Episodes: drawn fairly, the same whoever asks, and decoded to the images that they name."""
 
 import itertools
+import mmap
 import threading
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from scipy import stats
 
 from metajax.data import episodes, pipeline
-from metajax.data.table import ClassTable
+from metajax.data.table import ClassTable, gather
 from metajax.datasets import sinusoid
 from metajax.errors import UserError
 
@@ -290,3 +291,25 @@ def test_closing_prefetch_ends_its_thread_though_the_queue_is_full():
   assert len(running_threads()) == 1
   batches.close()
   assert not running_threads()
+
+
+def test_gathering_asks_the_disk_for_the_images_alone_and_for_all_at_once(tmp_path, monkeypatch):
+  asked = []
+
+  class Map(mmap.mmap):
+    def madvise(self, option, start, length):
+      asked.append((start, start + length))
+      super().madvise(option, start, length)
+
+  truth = np.random.default_rng(0).integers(0, 256, (50, 61, 61, 3), np.uint8)
+  np.save(tmp_path / 'images.npy', truth)
+  with monkeypatch.context() as patch:
+    patch.setattr(mmap, 'mmap', Map)
+    images = np.load(tmp_path / 'images.npy', mmap_mode='r')
+  rows = np.array([[0, 49], [7, 8]], np.int32)
+  np.testing.assert_array_equal(gather(images, rows), truth[rows])
+  header = (tmp_path / 'images.npy').stat().st_size - truth.nbytes
+  for row, (start, end) in zip(rows.ravel(), asked, strict=True):
+    assert start % mmap.PAGESIZE == 0 and end == header + (row + 1) * truth[0].nbytes
+    assert 0 <= header + row * truth[0].nbytes - start < mmap.PAGESIZE
+  np.testing.assert_array_equal(gather(truth, rows), truth[rows])

@@ -83,8 +83,8 @@ def hdf5(names, known):
         if name in classes:
           faults.append(f'class {name} is in two of {", ".join(paths)}: replace one')
         kind = images.Encoded if dataset.ndim == 1 else images.Row
-        rows = _Rows(path, key, len(dataset))
-        classes[name] = [kind(rows, k, f'{key} in {path}') for k in range(len(dataset))]
+        rows, where = _Rows(path, key, len(dataset)), f'{key} in {path}'
+        classes[name] = [kind(rows, k, where) for k in range(len(dataset))]
 
     for path in paths:
       try:
@@ -122,16 +122,17 @@ def _array(path, key):
     return file[key][()]
 
 
-def labelled(names, load, known=lambda split, label: None):
+def labelled(names, load, known=lambda split, label: label if isinstance(label, str) else None):
   """A file for each split with an array of images and one of labels.
 
   Args:
     names: file's name -> split.
-    load: (path, scratch folder) -> images (n, h, w, c) uint8 or a sequence of PNG files, labels (n,) integers.
+    load: (path, scratch folder) -> images (n, h, w, c) uint8 or a sequence of PNG files, labels (n,), which are
+      integers or already the names of classes.
     known: (split, label) -> the class's name, or None if it cannot be known.
 
   Returns:
-    Format; if a name cannot be known, all classes are called `<split>/<label>`.
+    Format; if a name cannot be known, all classes are called `<split>/<label>`. A class in two files is a fault.
   """
 
   def find(folder):
@@ -144,20 +145,22 @@ def labelled(names, load, known=lambda split, label: None):
       split = names[os.path.basename(path)]
       pixels, labels = load(path, scratch)
       labels = np.asarray(labels)
-      if labels.shape != (len(pixels),) or not np.issubdtype(labels.dtype, np.integer):
+      if labels.shape != (len(pixels),) or labels.dtype.kind not in 'iuU':
         raise UserError(f'{path} has {len(pixels)} images, but labels {labels.dtype} {labels.shape}: replace it')
       contents.append((path, split, pixels, labels))
       named = named and all(known(split, label) for label in np.unique(labels))
-    classes, splits = {}, collections.defaultdict(list)
+    classes, splits, faults = {}, collections.defaultdict(list), []
     for path, split, pixels, labels in contents:
       kind = images.Row if getattr(pixels, 'ndim', 1) == 4 else images.Encoded
       order = np.argsort(labels, kind='stable')
       present, starts = np.unique(labels[order], return_index=True)
       for label, rows in zip(present, np.split(order, starts[1:]), strict=True):
-        name = known(split, label) if named else f'{split}/{label}'
+        name = str(known(split, label)) if named else f'{split}/{label}'
+        if name in classes:
+          faults.append(f'class {name} is in two of {", ".join(paths)}: replace one')
         classes[name] = [kind(pixels, int(k), path) for k in rows]
         splits[split].append(name)
-    return Contents(classes, splits={} if named else dict(splits))
+    return Contents(classes, splits={} if named else dict(splits), faults=tuple(faults))
 
   return Format(', '.join(names), find, read)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.data.table import ClassTable
+from metajax.data.table import ClassTable, gather
 from metajax.errors import UserError
 from metajax.types import Episode, Examples
 
@@ -113,7 +113,7 @@ def image_source(table: ClassTable, split, *, way, shot, query_shot, seed, place
   def sample(start, count):
     batch = draw(start, count)
     if placement == 'host':
-      batch['images'] = table.images[batch.pop('rows')]
+      batch['images'] = gather(table.images, batch.pop('rows'))
     return batch
 
   def decode(resident, batch):

@@ -57,6 +57,7 @@ class Dataset(NamedTuple):
   prepared: tuple[Prepared, ...] = ()
   downloads: tuple[download.Remote, ...] = ()
   counts: Mapping = _NONE  # class name -> images, as published; empty for a data set that is nobody's
+  total: int = 0  # images, where how many there are of each class is not published: `counts` then has the names alone
   superclasses: Mapping = _NONE  # class name -> superclass, where there are any
   terms: str = ''  # on which it may be used
 
@@ -163,12 +164,17 @@ def outside(text, found, scratch):
 
 def deviations(dataset, contents):
   """How the number of images differs from the published, in sentences."""
+  if not dataset.counts:
+    return []
   counts = {c: len(items) for c, items in contents.classes.items()}
-  expected, there = sum(dataset.counts.values()), sum(counts.values())
+  expected, there = dataset.total or sum(dataset.counts.values()), sum(counts.values())
+  fewer = [f'it has {there} of {expected} images'] if there != expected else []
   if contents.splits:  # of classes without names
-    return [f'it has {there} of {expected} images'] if there != expected else []
+    return fewer
   missing = sorted(dataset.counts.keys() - counts.keys())
   notes = [f'{len(missing)} of {len(dataset.counts)} classes are missing: {_some(missing)}'] if missing else []
+  if dataset.total:
+    return notes + fewer
   odd = [c for c, count in counts.items() if count != dataset.counts.get(c, count)]
   return notes + [f'class {c} has {counts[c]} images, not {dataset.counts[c]}' for c in odd]
 
