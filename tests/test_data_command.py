@@ -1,5 +1,6 @@
 """`python -m metajax.data`: what it prints, what it finds wrong, how it ends."""
 
+import logging
 import os
 import re
 import shutil
@@ -23,7 +24,8 @@ def run(tmp_path, capsys):
     return status, *capsys.readouterr()
 
   (tmp_path / 'data').mkdir()
-  return run
+  yield run
+  logging.basicConfig(force=True)  # no longer to what `capsys` closes now
 
 
 def picture(*seed):

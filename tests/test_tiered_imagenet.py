@@ -272,7 +272,7 @@ def write_damaged_hdf5(data):
 def write_strange_hdf5(data):
   for split in CLASSES:
     with h5py.File(data / f'{split}_data.hdf5', 'w') as file:
-      file.create_dataset('datasets/house cat', (1,), dtype=h5py.special_dtype(vlen=np.uint8))
+      file.create_dataset(f'datasets/house cat of {split}', (1,), dtype=h5py.special_dtype(vlen=np.uint8))
 
 
 def write_no_zip(data):
@@ -301,7 +301,7 @@ def write_cut_npy(data):
     (without('synsets.txt'), r'synsets.txt is missing'),
     (without('test_labels.pkl'), r'test_labels.pkl is missing'),
     (write_damaged_hdf5, r'train_data.hdf5 is damaged or not HDF5'),
-    (write_strange_hdf5, r'class house cat, which is not in tiered-ImageNet'),
+    (write_strange_hdf5, r'class house cat of test, which is not in tiered-ImageNet'),
     (write_no_zip, r'test_images.npz is damaged or no archive'),
     (write_cut_npy, r'test_images.npy is damaged'),
     (lambda data: save(data / f'train/{STRANGE}/a.jpg', picture(STRANGE, 0)), f'class {STRANGE}, which is not in'),
