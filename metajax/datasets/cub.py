@@ -56,6 +56,9 @@ def dataset():
       ),
     ),
     archives=(('CUB_200_2011.tgz',),),
+    prepared=(
+      containers.tfds('caltech_birds2011', lambda r: _CLASS.search(r.extra['image/filename'])[0], ['image/filename']),
+    ),
     downloads=(
       Remote(
         'CUB_200_2011.tgz',

@@ -60,6 +60,9 @@ def dataset():
       containers.class_folders(lambda name: name if _WNID.fullmatch(name) else None, suffix=', of ILSVRC too'),
     ),
     archives=(('tiered-imagenet.tar',), ('tiered_imagenet.tar',)),
+    prepared=(
+      containers.tfds('imagenet2012', lambda r: r.label if r.split == 'train' and r.label in _classes() else None),
+    ),
     downloads=(
       Remote(
         'tiered-imagenet.tar',
