@@ -242,7 +242,7 @@ def test_an_augmented_episode_is_a_function_of_seed_split_and_number_alone(names
 
 
 def test_seeds_splits_and_numbers_have_keys_of_their_own():
-  rows = [(augment.seeds(seed, 250, 8), split) for seed in (0, 1, 2**32) for split in range(3)]
+  rows = [(augment.seeds(seed, 0, 8), split) for seed in (0, 1, 2**32) for split in range(3)]
   keys = [jax.vmap(augment.rng, (0, None))(seeds, split) for seeds, split in rows]
   keys += [jax.random.split(jax.random.fold_in(jax.random.key(0), step)) for step in range(20)]  # the training steps'
   data = np.concatenate([jax.random.key_data(k) for k in keys])
