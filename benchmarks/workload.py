@@ -146,10 +146,15 @@ def make_experiment(workload, *, order=2, checkpoint=False):
 
 
 class TrainStep:
-  """The real train step, compiled as `train.train` does; each call is one meta-update."""
+  """The real train step, compiled as `train.train` does; each call is one meta-update.
 
-  def __init__(self, workload, **algorithm):
+  Of the workload's own episodes, or of those of a `source`.
+  """
+
+  def __init__(self, workload, source=None, **algorithm):
     experiment = make_experiment(workload, **algorithm)
+    if source:
+      experiment = experiment._replace(sources={'train': source}, resident=parallel.replicate(source.resident))
     source = experiment.sources['train']
     self.chunk = parallel.chunk_size('auto', workload.tasks, evaluate.elements(source))
     step = functools.partial(train.train_step, experiment=experiment, tasks=workload.tasks)

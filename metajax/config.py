@@ -38,6 +38,8 @@ _DATA = dict(
   query_shot=REQUIRED,
   tasks=REQUIRED,  # episodes in a meta-batch
   placement='auto',  # of the image table: 'device', 'host', or by its size
+  augment=(),  # what is done to the images of the train split, in this order: see `metajax.data.augment`
+  normalize='none',  # a name in `augment.NORMALIZE`, for every split
 )
 _EVAL = dict(
   episodes=600,  # of the test split
@@ -48,6 +50,7 @@ _EVAL = dict(
   way=int,
   shot=int,
   query_shot=int,
+  augment=(),  # of validation and test: none unless asked for, whatever training has
 )
 _PACKAGES = {  # where a group's `name` is looked for, and what builds it there
   'data': ('metajax.datasets', 'load'),

@@ -55,6 +55,7 @@ def test(config, experiment, state, workdir):
     'seconds': round(seconds, 2),
     'seed': config.seed,
     'episode_seed': config.eval.seed,
+    'augment': list(config.eval.augment) or None,
   }
   if along:
     result['by_inner_step'] = {name: value.tolist() for name, value in summary.items()}
@@ -72,6 +73,8 @@ def test_line(result):
   protocol = [f'{result["way"]}-way {shot}' if 'way' in result else shot, f'{result["episodes"]} episodes']
   if 'batch_norm' in result:
     protocol.append(f'{result["batch_norm"]} batch norm')
+  if 'augment' in result:
+    protocol.append(f'augmented by {" and ".join(result["augment"])}')
   protocol.append(f'checkpoint {result["checkpoint_step"]}')
   name = 'accuracy' if 'accuracy' in result else 'loss'
   number = readable({name: result[name], f'{name}_ci95': result[f'{name}_ci95']})

@@ -168,7 +168,13 @@ def make_sources(config, splits):
     if not training:
       sizes.update({k: config.eval[k] for k in sizes if config.eval[k] is not None})
     sources[split] = episodes.make_source(
-      data, split, **sizes, seed=config.seed if training else config.eval.seed, placement=config.data.placement
+      data,
+      split,
+      **sizes,
+      seed=config.seed if training else config.eval.seed,
+      placement=config.data.placement,
+      augment=(config.data if training else config.eval).augment,
+      normalize=config.data.normalize,
     )
   return sources
 

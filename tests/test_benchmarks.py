@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from benchmarks import evaluation, maml_step, memory, rivals, workload
+from benchmarks import augment, evaluation, maml_step, memory, rivals, workload
 
 TINY = ['--shape=omniglot', '--image=16x16x1', '--width=4', '--query_shot=2', '--inner_steps=2', '--tasks=2']
 train_step = functools.cache(workload.TrainStep)
@@ -98,6 +98,16 @@ def test_checkpointed_second_order_needs_the_memory_of_first_order(tmp_path):
   checkpointed, second, first = row['temp_mb'].values()
   assert checkpointed <= 1.3 * first and checkpointed < second
   assert row['checkpointed_to_first_order'] == checkpointed / first
+
+
+def test_augmentation_beside_pillow(tmp_path, monkeypatch):
+  monkeypatch.setattr(workload, 'TrainStep', train_step.__wrapped__)  # a source cannot be a key of the cache
+  names = 'crop', 'jitter', 'flip', 'rotate'
+  monkeypatch.setattr(augment, 'SEQUENCES', (names,))
+  monkeypatch.setattr(augment, 'STEPS', (names,))
+  rows = results(augment.main, tmp_path, '--image=16x16x3', '--inner_steps=1', '--rounds=1')['rows']
+  assert [row['what'] for row in rows] == ['decode', 'Pillow', 'meta-update']
+  assert all(row['augment'] == list(names) and row['step_ms'] > 0 for row in rows)
 
 
 def test_evaluation_beside_training(tmp_path):

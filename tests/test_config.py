@@ -64,10 +64,13 @@ def test_override_converts_to_the_type_of_the_setting():
       '--config.eval.inner_steps=7',
       '--config.data.classes=(9, 8, 7)',
       '--config.optimizer.schedule=cosine',
+      "--config.data.augment=('flip', 'crop')",
+      "--config.eval.augment=('flip')",
     ],
   )
   assert (config.seed, config.algorithm.inner_lr, config.algorithm.first_order) == (3, 1.0, True)
   assert (config.eval.inner_steps, config.data.classes, config.optimizer.schedule) == (7, (9, 8, 7), 'cosine')
+  assert (config.data.augment, config.eval.augment) == (('flip', 'crop'), ('flip',))
   assert isinstance(config.algorithm.inner_lr, float)
 
 

@@ -126,11 +126,13 @@ def test_eval_mode_with_other_options_of_evaluation(finished, cache):
       f'--workdir={workdir}',
       '--config.eval.inner_steps=4',
       '--config.eval.episodes=7',
+      '--config.eval.augment=("crop", "flip")',
     )
     == 0
   )
   result = json.loads((workdir / 'test.json').read_text())
-  assert dict(way=2, shot=2, inner_steps=4, episodes=7).items() <= result.items()
+  assert dict(way=2, shot=2, inner_steps=4, episodes=7, augment=['crop', 'flip']).items() <= result.items()
+  assert 'augmented by crop and flip' in report.test_line(result)
   assert run('--mode=eval', f'--workdir={workdir}') == 0
 
 
@@ -167,6 +169,12 @@ def test_errors_of_the_command_line(finished, cache, tmp_path, capsys, monkeypat
     ((tiny, '--config.optimizer.name=adm'), 'name is one of'),
     ((tiny, '--config.model.downsample=x'), 'downsample'),
     ((tiny, '--config.data.placement=x'), 'placement'),
+    ((tiny, '--config.data.augment=flop'), "there is no 'flop'"),
+    ((tiny, '--config.data.augment=flip,crop'), "there is no 'flip,crop'"),
+    ((tiny, '--config.data.normalize=imagenet'), 'these have 1 channel'),
+    ((tiny, f'--workdir={workdir}', '--config.data.augment=("flip",)'), 'data.augment differs'),
+    ((tiny, f'--workdir={workdir}', '--config.eval.augment=("flip",)'), 'eval.augment differs'),
+    ((tiny, f'--workdir={workdir}', '--mode=eval', '--config.data.normalize=bytes'), 'data.normalize differs'),
     ((tiny, '--workdir=another', '--config.chunk=x'), 'chunk'),
     ((tiny, '--workdir=/proc/metajax'), 'cannot write to /proc/metajax'),
     ((tiny, f'--workdir={workdir}', '--config.seed=1', '--config.model.width=5'), 'model.width, seed differ'),

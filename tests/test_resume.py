@@ -9,7 +9,7 @@ from tests.conftest import TINY, start
 
 
 def tiny(*overrides):
-  return [f'--config={TINY}', *overrides]
+  return [f'--config={TINY}', '--config.data.augment=("crop", "jitter", "flip", "rotate")', *overrides]
 
 
 def test_killed_at_random_moments_the_run_ends_the_same(cache, tmp_path):

@@ -1,7 +1,8 @@
 """Few-shot episodes: which images make up episode number k, and how they become arrays on the device.
 
 Episode k of a split is a pure function of (seed, split, k): the same after a restart, on any number of devices, for
-every algorithm. The host does index arithmetic alone; gathering, rotating and scaling run inside the compiled step.
+every algorithm. The host does index arithmetic alone; gathering, rotating, augmenting and scaling run inside the
+compiled step.
 """
 
 import functools
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metajax.data import augment as augmentation
 from metajax.data.table import ClassTable, gather
 from metajax.errors import UserError
 from metajax.types import Episode, Examples
@@ -73,7 +75,9 @@ def _by_block(draw):
   return sample
 
 
-def image_source(table: ClassTable, split, *, way, shot, query_shot, seed, placement='device'):
+def image_source(
+  table: ClassTable, split, *, way, shot, query_shot, seed, placement='device', augment=(), normalize='none'
+):
   """Classification episodes from the classes of one split.
 
   Classes are drawn without replacement and their order is the labels' order, so labels are permuted in every episode;
@@ -85,9 +89,13 @@ def image_source(table: ClassTable, split, *, way, shot, query_shot, seed, place
     way, shot, query_shot: classes, support and query images per class.
     seed: of the episodes.
     placement: 'device' keeps the whole uint8 table there and sends indices; 'host' gathers images ahead of the step.
+    augment: names of augmentations, see `metajax.data.augment`; those of an episode are part of it, so a function of
+      (seed, split, k) as well.
+    normalize: a name in `augment.NORMALIZE`.
 
   Raises:
-    UserError: the split has too few classes, or a class too few images.
+    UserError: the split has too few classes, a class too few images, or the images cannot be augmented or normalised
+      like that.
   """
   classes, images = len(table.names), shot + query_shot
   if way > classes:
@@ -98,6 +106,7 @@ def image_source(table: ClassTable, split, *, way, shot, query_shot, seed, place
       f'shot + query_shot = {images}, but class {table.names[c]} of the {split} split has only '
       f'{table.counts[c]} images: choose a smaller shot or query_shot'
     )
+  augmentation.check(table.images.shape[1:], augment, normalize)
 
   @_by_block
   def draw(block):
@@ -114,13 +123,19 @@ def image_source(table: ClassTable, split, *, way, shot, query_shot, seed, place
     batch = draw(start, count)
     if placement == 'host':
       batch['images'] = gather(table.images, batch.pop('rows'))
+    if augment:
+      batch['seeds'] = augmentation.seeds(seed, start, count)
     return batch
+
+  def augment_episode(seeds, images):
+    return augmentation.augment(augmentation.rng(seeds, SPLITS.index(split)), images, augment)
 
   def decode(resident, batch):
     images = batch['images'] if placement == 'host' else resident[batch['rows']]
-    images = images.astype(jnp.float32) / 255
     if rotated:
       images = jax.vmap(jax.vmap(_turn))(images, batch['turns'])
+    images = jax.vmap(augment_episode)(batch['seeds'], images) if augment else images.astype(jnp.float32) / 255
+    images = augmentation.normalize(images, normalize)
     targets = jnp.broadcast_to(jnp.arange(way, dtype=jnp.int32)[:, None], images.shape[:3])
 
     def flat(x):
@@ -161,7 +176,7 @@ def function_source(functions: Functions, split, *, shot, query_shot, seed):
   return Source(draw, decode, (), 0)
 
 
-def make_source(data, split, *, way, shot, query_shot, seed, placement='auto'):
+def make_source(data, split, *, way, shot, query_shot, seed, placement='auto', augment=(), normalize='none'):
   """Episodes of one split, from a table of images or from functions; arguments as for those two.
 
   Raises:
@@ -171,6 +186,8 @@ def make_source(data, split, *, way, shot, query_shot, seed, placement='auto'):
     if value < 1:
       raise UserError(f'{name} = {value}: at least 1 is needed')
   if isinstance(data, Functions):
+    if augment or normalize != 'none':
+      raise UserError('config.data: regression has no images: leave augment = () and normalize = none')
     return function_source(data, split, shot=shot, query_shot=query_shot, seed=seed)
   if way is None or way < 2:
     raise UserError(f'way = {way}: classification needs at least 2 classes')
@@ -178,7 +195,17 @@ def make_source(data, split, *, way, shot, query_shot, seed, placement='auto'):
     placement = place(data.images)
   if placement not in ('device', 'host'):
     raise UserError(f"config.data.placement is 'auto', 'device' or 'host', not {placement!r}")
-  return image_source(data, split, way=way, shot=shot, query_shot=query_shot, seed=seed, placement=placement)
+  return image_source(
+    data,
+    split,
+    way=way,
+    shot=shot,
+    query_shot=query_shot,
+    seed=seed,
+    placement=placement,
+    augment=augment,
+    normalize=normalize,
+  )
 
 
 def place(images, budget=None):
