@@ -139,8 +139,9 @@ def _arrays(pattern, load):
   def read(paths, scratch):
     return labelled.read([path for path in paths if path.endswith(end)], scratch)
 
-  files = ', '.join(f'{start}{name}' for name in ('{train,val,test}' + end, '{train,val,test}_labels.pkl'))
-  return source.Format(files, find, read)
+  files = ', '.join(f'{start}{{train,val,test}}{last}' for last in (end, '_labels.pkl'))
+  texts = f'{start}class_names.txt and {start}synsets.txt'
+  return source.Format(f'{files}, and {texts} unless labels are numbers without names', find, read)
 
 
 def _load_encoded(path, scratch):
