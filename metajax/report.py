@@ -13,6 +13,8 @@ from metajax.errors import UserError
 from metajax.files import write_atomically
 from metajax.progress import readable
 
+_NOTES = 20  # at most so many on what the data set lacks; its manifest has all
+
 
 def test(config, experiment, state, workdir):
   """Evaluates `state` on the test episodes; process 0 writes `test.json` and figures, and prints the test line."""
@@ -49,6 +51,7 @@ def test(config, experiment, state, workdir):
   result |= {
     'split': 'test',
     'dataset': config.data.name,
+    'dataset_notes': list(getattr(experiment.splits['test'], 'notes', ())[:_NOTES]) or None,
     'algorithm': config.algorithm.name,
     'model': config.model.name,
     'checkpoint_step': int(state.step),
@@ -73,6 +76,8 @@ def test_line(result):
   protocol = [f'{result["way"]}-way {shot}' if 'way' in result else shot, f'{result["episodes"]} episodes']
   if 'batch_norm' in result:
     protocol.append(f'{result["batch_norm"]} batch norm')
+  if 'dataset_notes' in result:
+    protocol.append('incomplete data set')
   if 'augment' in result:
     protocol.append(f'augmented by {" and ".join(result["augment"])}')
   protocol.append(f'checkpoint {result["checkpoint_step"]}')

@@ -35,6 +35,7 @@ class ClassTable(NamedTuple):
   turns: np.ndarray  # (classes,) int8, counter-clockwise quarter turns applied to the class's images
   names: tuple[str, ...]  # (classes,)
   superclasses: tuple[str, ...] = ()  # (classes,), or none where the data set has none
+  notes: tuple[str, ...] = ()  # what deviates from the data set as published
 
 
 class Table(NamedTuple):
@@ -85,7 +86,7 @@ def class_tables(table, splits):
     turns = np.array([turns for _, turns in classes], np.int8)
     names = tuple(f'{name}/rot{90 * turns:03d}' if turns else name for name, turns in classes)
     superclasses = tuple(table.superclasses[name] for name, _ in classes) if table.superclasses else ()
-    tables[split] = ClassTable(table.images, starts[ids], table.counts[ids], turns, names, superclasses)
+    tables[split] = ClassTable(table.images, starts[ids], table.counts[ids], turns, names, superclasses, table.notes)
   return tables
 
 
