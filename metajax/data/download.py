@@ -55,6 +55,14 @@ class Remote(NamedTuple):
   size: int | None = None
 
 
+def google_drive(file_id):
+  """The addresses at which Google Drive has a file: mirrors for `Remote`."""
+  return (
+    f'https://drive.usercontent.google.com/download?id={file_id}&export=download&confirm=t',
+    f'https://drive.google.com/uc?export=download&confirm=t&id={file_id}',
+  )
+
+
 class _Failed(Exception):
   """Why a mirror did not do.
 

@@ -6,7 +6,7 @@ import pathlib
 import re
 
 from metajax.data import containers, images, source
-from metajax.data.download import Remote
+from metajax.data.download import Remote, google_drive
 from metajax.errors import UserError
 
 _CLASS = re.compile(r'\d{3}\.\w+')
@@ -64,7 +64,7 @@ def dataset():
         'CUB_200_2011.tgz',
         urls=(
           'https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1',
-          'https://drive.usercontent.google.com/download?id=1hbzc_P1FuxMkcabkgn9ZKinBwW683j45&export=download&confirm=t',
+          *google_drive('1hbzc_P1FuxMkcabkgn9ZKinBwW683j45'),
         ),
         sha256='0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081',
         size=1150585339,

@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from metajax.data import containers, images, prepared, source, unpickle
-from metajax.data.download import Remote
+from metajax.data.download import Remote, google_drive
 from metajax.errors import UserError
 
 _PER_CLASS = 600
@@ -79,9 +79,7 @@ def dataset():
     downloads=(
       Remote(
         'mini-imagenet.tar.gz',
-        urls=(
-          'https://drive.usercontent.google.com/download?id=16V_ZlkW4SsnNDtnGmaBRq2OoPmUOc5mY&export=download&confirm=t',
-        ),
+        urls=google_drive('16V_ZlkW4SsnNDtnGmaBRq2OoPmUOc5mY'),
         sha256='30052347dd33f3ea3ee4a4ad65d72152bf657aac41891299dfa614a3235947ed',
       ),
     ),

@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from metajax.data import containers, images, source, unpickle
-from metajax.data.download import Remote
+from metajax.data.download import Remote, google_drive
 from metajax.errors import UserError
 
 _WNID = re.compile(r'n\d{8}')
@@ -66,9 +66,7 @@ def dataset():
     downloads=(
       Remote(
         'tiered-imagenet.tar',
-        urls=(
-          'https://drive.usercontent.google.com/download?id=1g1aIDy2Ar_MViF2gDXFYDBTR-HYecV07&export=download&confirm=t',
-        ),
+        urls=google_drive('1g1aIDy2Ar_MViF2gDXFYDBTR-HYecV07'),
         md5='e07e811b9f29362d159a9edd0d838c62',
       ),
     ),
