@@ -6,14 +6,16 @@ Trains on random images with the loop's own pieces: the source of episodes, the 
 meta-update, and metrics looked at two steps late. Three tables: one on the device; the same mapped into memory on the
 host, its images gathered ahead; and one larger than a device budget, 256 MB unless given, which therefore lies on the
 host. On the last also a network so small that a step takes milliseconds, as on an accelerator. The files are not in
-the page cache at the start. With --tiered there is one table instead, as large as tiered-ImageNet's, 16.5 GB: training
-then comes upon few images twice, and reads nearly all from the disk.
+the page cache at the start. With --tiered there is one table instead, as large as tiered-ImageNet's, 16.5 GB, of which
+a minute of training comes upon few images twice: it reads nearly all from the disk, as if memory were smaller than the
+table.
 
 - `waiting`: time that the loop spends in the queue for its next batch, over all time. Since steps are dispatched
   without waiting for their results, the device may have up to two steps left to do meanwhile: it is idle for want of
   data at most this share. Waiting for the device happens elsewhere, where metrics are looked at, and does not count.
 - `batch`: what the thread takes to make one batch, with nothing beside it: drawing the episodes, gathering their
-  images, and putting them on the device. As long as a step takes longer, the loop need not wait.
+  images, and putting them on the device. As long as a step takes longer, the loop need not wait. Two lines about one
+  table ask for the same batches: in the second they come from the page cache.
 """
 
 import argparse
