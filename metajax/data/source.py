@@ -204,8 +204,9 @@ def _read_archives(dataset, folder, paths, scratch):
 
 def _convert(key, dataset, data_dir, rendering, skip_bad, alone):
   found = locate(dataset, data_dir)
-  if found is None and dataset.downloads:
-    _download(dataset, os.path.join(data_dir, dataset.places[0]))
+  home = os.path.normpath(os.path.join(data_dir, dataset.places[0]))
+  if dataset.downloads and (found is None or _is_unfinished(dataset, home, found)):
+    _download(dataset, home)
     found = locate(dataset, data_dir)
   if found is None:
     raise UserError(
@@ -238,11 +239,26 @@ def _convert(key, dataset, data_dir, rendering, skip_bad, alone):
 def _download(dataset, folder):
   if dataset.terms:
     _log.warning('%s: %s', dataset.title, dataset.terms)
+  missing = [remote for remote in dataset.downloads if not os.path.exists(os.path.join(folder, remote.name))]
+  size = sum(remote.size for remote in missing) if all(remote.size for remote in missing) else None
+  _log.warning(
+    'downloading %d files of %s to %s (%s)',
+    len(missing),
+    dataset.title,
+    folder,
+    'size unknown' if size is None else f'{size / 1e9:.2f} GB',
+  )
   try:
-    for remote in dataset.downloads:
+    for remote in missing:
       download.fetch(remote, folder)
   except UserError as error:
     raise UserError(f'{error}; `python -m metajax.data --list` says what other files will do') from error
+
+
+def _is_unfinished(dataset, folder, found):
+  """Whether what was found is a part of the download, which was interrupted: in the midst of a file, most likely."""
+  ours = [os.path.join(folder, remote.name) for remote in dataset.downloads]
+  return not set(ours).isdisjoint(found.paths) and any(os.path.exists(f'{path}.part') for path in ours)
 
 
 def _fingerprint(found):
