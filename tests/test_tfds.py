@@ -8,7 +8,16 @@ import tensorflow_datasets as tfds
 
 from metajax import config as config_lib
 from metajax.data.__main__ import main as prepare
-from metajax.datasets import cub, mini_imagenet, omniglot, tiered_imagenet
+from metajax.datasets import (
+  cifar100,
+  cifar_fs,
+  cub,
+  fc100,
+  mini_imagenet,
+  omniglot,
+  quickdraw,
+  tiered_imagenet,
+)
 from metajax.datasets import tfds as any_tfds
 from metajax.errors import UserError
 from tests.conftest import TINY
@@ -173,6 +182,52 @@ def test_cub(data):
   tables = cub.load(str(data), size=8, crop=0.0)
   assert tables['train'].names == (names[0],) and tables['test'].names == (names[-1],)
   assert seeds(tables['train'], names[0]) == [0, 1] and seeds(tables['test'], names[-1]) == [2]
+
+
+def build_cifar(data):
+  features = features_of('cifar100', label=cifar100.names(), coarse_label=list(cifar100.lists()['superclasses']))
+
+  def examples(*labels):
+    return [
+      {'id': f'{k}', 'image': png(stamped((32, 32, 3), label)), 'label': label, 'coarse_label': 0}
+      for k, label in enumerate(labels)
+    ]
+
+  build(data / 'tensorflow_datasets', 'cifar100', features, {'train': examples(0, 4, 0), 'test': examples(4, 94)})
+
+
+def test_cifar(data):
+  """Both halves: without the test half a class has 500 images."""
+  build_cifar(data)
+  names = cifar100.names()
+  for module, first in ((cifar_fs, 'cifar_fs'), (fc100, 'fc100')):
+    tables = module.load(str(data))
+    found = {name: seeds(t, name) for t in tables.values() for name in t.names}
+    assert found == {names[0]: [0, 0], names[4]: [4, 4], names[94]: [94]}, first
+    for split, t in tables.items():
+      assert t.superclasses == tuple(
+        s for c in t.names for s, of in cifar100.lists()['superclasses'].items() if c in of
+      )
+      listed = cifar100.lists()[first][split]
+      assert all((s if module is fc100 else c) in listed for c, s in zip(t.names, t.superclasses, strict=True))
+
+
+@pytest.mark.parametrize('per_class', [0, 2])
+def test_quickdraw(data, caplog, per_class):
+  features = features_of('quickdraw_bitmap')
+  features = tfds.features.FeaturesDict(
+    {'image': features['image'], 'label': tfds.features.ClassLabel(names=['bear', 'ant', 'angel'])}
+  )
+  labels = [0, 1, 0, 0, 2, 1, 0, 2, 2]
+  examples = [{'image': png(stamped((28, 28), k)), 'label': label} for k, label in enumerate(labels)]
+  build(data / 'tensorflow_datasets', 'quickdraw_bitmap', features, {'train': examples})
+  tables = quickdraw.load(str(data), per_class=per_class)
+  counts = dict(zip(('bear', 'ant', 'angel'), ([2] * 3 if per_class else [4, 2, 3]), strict=True))
+  assert {name: len(seeds(t, name)) for t in tables.values() for name in t.names} == counts
+  for t in tables.values():
+    for name in t.names:
+      assert {labels[k] for k in seeds(t, name)} == {('bear', 'ant', 'angel').index(name)}
+  assert ('not those that the seed draws' in caplog.text) == bool(per_class)
 
 
 def test_damage_in_the_files_is_named(data):

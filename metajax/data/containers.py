@@ -140,25 +140,15 @@ def labelled(names, load, known=lambda split, label: label if isinstance(label, 
     return [path for path in paths if os.path.isfile(path)]
 
   def read(paths, scratch):
-    contents, named = [], True
-    for path in paths:
-      split = names[os.path.basename(path)]
-      pixels, labels = load(path, scratch)
-      labels = np.asarray(labels)
-      if labels.shape != (len(pixels),) or labels.dtype.kind not in 'iuU':
-        raise UserError(f'{path} has {len(pixels)} images, but labels {labels.dtype} {labels.shape}: replace it')
-      contents.append((path, split, pixels, labels))
-      named = named and all(known(split, label) for label in np.unique(labels))
+    contents = [(names[os.path.basename(path)], by_label(path, *load(path, scratch))) for path in paths]
+    named = all(known(split, label) for split, members in contents for label in members)
     classes, splits, faults = {}, collections.defaultdict(list), []
-    for path, split, pixels, labels in contents:
-      kind = images.Row if getattr(pixels, 'ndim', 1) == 4 else images.Encoded
-      order = np.argsort(labels, kind='stable')
-      present, starts = np.unique(labels[order], return_index=True)
-      for label, rows in zip(present, np.split(order, starts[1:]), strict=True):
-        name = str(known(split, label)) if named else f'{split}/{label}'
+    for split, members in contents:
+      for label, items in members.items():
+        name = known(split, label) if named else f'{split}/{label}'
         if name in classes:
           faults.append(f'class {name} is in two of {", ".join(paths)}: replace one')
-        classes[name] = [kind(pixels, int(k), path) for k in rows]
+        classes[name] = items
         splits[split].append(name)
     return Contents(classes, splits={} if named else dict(splits), faults=tuple(faults))
 
@@ -187,6 +177,30 @@ def tfds(builder, known, extra=(), transform=None):
     return Contents(classes, transform=transform)
 
   return Prepared(builder, read)
+
+
+def by_label(path, pixels, labels):
+  """Sorts what a file holds by label.
+
+  Args:
+    path: of the file, to name in an error.
+    pixels: images (n, h, w, c) uint8 or a sequence of PNG or JPEG files.
+    labels: (n,) integers or names of classes.
+
+  Returns:
+    label -> items, in the order of the file.
+
+  Raises:
+    UserError: the labels do not match the images.
+  """
+  labels = np.asarray(labels)
+  if labels.shape != (len(pixels),) or labels.dtype.kind not in 'iuU':
+    raise UserError(f'{path} has {len(pixels)} images, but labels {labels.dtype} {labels.shape}: replace it')
+  kind = images.Row if getattr(pixels, 'ndim', 1) == 4 else images.Encoded
+  order = np.argsort(labels, kind='stable')
+  present, starts = np.unique(labels[order], return_index=True)
+  groups = zip(present.tolist(), np.split(order, starts[1:]), strict=True)
+  return {label: [kind(pixels, k, path) for k in rows.tolist()] for label, rows in groups}
 
 
 def load_pickle(path, scratch):

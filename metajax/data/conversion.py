@@ -1,5 +1,6 @@
 """Writing a table: decoding on all cores in bounded memory, taken up again where a process died."""
 
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -51,7 +52,7 @@ def convert(key, classes, decode, shape, job, *, skip_bad=False, alone=True):
   place = folder.with_name(f'.{key}.partial' if alone else f'.{key}.{uuid.uuid4().hex}.partial')
   with writes(folder, place):
     partial = _Partial(place, manifest, shape)
-    _write(partial, [item for items in classes.values() for item in items], decode, key, skip_bad)
+    _write(partial, _Joined(classes.values()), decode, key, skip_bad)
     left_out = np.searchsorted(np.cumsum(counts), [index for index, _ in partial.bad], side='right')
     manifest['images_per_class'] = np.subtract(counts, np.bincount(left_out, minlength=len(counts))).tolist()
     manifest['notes'] = [*manifest['notes'], *(f'left out: {reason}' for _, reason in partial.bad)]
@@ -142,6 +143,21 @@ class _Partial:
 
   def _end(self, rows):
     return len(self._header(0)) + rows * math.prod(self.shape)
+
+
+class _Joined:
+  """Sequences as one. Their items may be more than fit into memory, and are asked for one by one."""
+
+  def __init__(self, parts):
+    self._parts = list(parts)
+    self._ends = np.cumsum([len(part) for part in self._parts]).tolist()
+
+  def __len__(self):
+    return self._ends[-1]
+
+  def __getitem__(self, index):
+    k = bisect.bisect_right(self._ends, index)
+    return self._parts[k][index - self._ends[k] + len(self._parts[k])]
 
 
 def _write(partial, items, decode, label, skip_bad):

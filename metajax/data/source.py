@@ -28,6 +28,7 @@ class Contents(NamedTuple):
   classes: dict  # class name -> sequence of items (see `images.File`)
   splits: Mapping = _NONE  # split -> class names, where the files alone know
   transform: Callable | None = None  # PIL image -> PIL image, ahead of everything else
+  notes: tuple[str, ...] = ()  # what else deviates from the data set as published, besides numbers of images
   faults: tuple[str, ...] = ()  # what makes it unfit: no table is made of it
 
 
@@ -228,7 +229,7 @@ def _read_archives(dataset, folder, paths, scratch):
 
 def _convert(key, dataset, data_dir, rendering, alone):
   found = locate(dataset, data_dir)
-  if found is None:
+  if found is None or _is_unfinished(dataset, data_dir, found):
     _get(dataset, data_dir)
     found = locate(dataset, data_dir)
   if found is None:
@@ -253,7 +254,7 @@ def _convert(key, dataset, data_dir, rendering, alone):
     'fingerprint': fingerprint,
     'superclasses': {} if contents.splits else dict(dataset.superclasses),
     'splits': dict(contents.splits),
-    'notes': deviations(dataset, contents),
+    'notes': [*contents.notes, *deviations(dataset, contents)],
   }
 
   def decode(item):
@@ -275,11 +276,26 @@ def _get(dataset, data_dir):
     _log.warning('%s: %s', dataset.title, dataset.terms)
   if not dataset.downloads:
     return prepared.prepare(dataset.prepared[0].builder, data_dir)
+  folder = _home(dataset, data_dir)
+  missing = [remote for remote in dataset.downloads if not os.path.exists(os.path.join(folder, remote.name))]
+  sizes = [remote.size for remote in missing]
+  size = f'{sum(sizes) / 1e9:.2f} GB' if all(sizes) else 'size unknown'
+  _log.warning('downloading %d files of %s to %s (%s)', len(missing), dataset.title, folder, size)
   try:
-    for remote in dataset.downloads:
-      download.fetch(remote, os.path.join(data_dir, dataset.places[0]))
+    for remote in missing:
+      download.fetch(remote, folder)
   except UserError as error:
     raise UserError(f'{error}; `python -m metajax.data --list` says what other files will do') from error
+
+
+def _is_unfinished(dataset, data_dir, found):
+  """Whether what was found is a part of the download, which was interrupted: in the midst of a file, most likely."""
+  ours = [os.path.join(_home(dataset, data_dir), remote.name) for remote in dataset.downloads]
+  return not set(ours).isdisjoint(found.paths) and any(os.path.exists(f'{path}.part') for path in ours)
+
+
+def _home(dataset, data_dir):
+  return os.path.normpath(os.path.join(data_dir, *dataset.places[:1]))
 
 
 def _some(names):
