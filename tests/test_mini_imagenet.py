@@ -2,9 +2,12 @@ import gzip
 import io
 import os
 import pickle
+import shutil
 import tarfile
 import time
+import zipfile
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -138,6 +141,93 @@ def test_images(data, layout):
       for k in range(3):
         save(data / layout.format(split=split, wnid=wnid, k=k), picture(wnid, k))
   check(mini_imagenet.load(str(data)))
+
+
+def stacks(wnids):
+  return np.concatenate([cache_of([wnid])['image_data'] for wnid in wnids])
+
+
+def write_hdf5(data):
+  """Torchmeta."""
+  (data / 'miniimagenet').mkdir()
+  for split, wnids in (('train', TRAIN), ('val', VAL), ('test', TEST)):
+    with h5py.File(data / f'miniimagenet/{split}_data.hdf5', 'w') as file:
+      for wnid in wnids:
+        file[f'datasets/{wnid}'] = stacks([wnid])
+
+
+def write_npz(data):
+  """TADAM: rows in any order, a class by its place among the sorted ones of its split."""
+  for split, wnids in (('train', TRAIN), ('val', VAL), ('test', TEST)):
+    order = np.random.default_rng(1).permutation(3 * len(wnids))
+    targets = np.repeat([sorted(WNIDS[split]).index(wnid) for wnid in wnids], 3)
+    order = order[np.argsort(order % 3, kind='stable')]  # of a class in the order above, for `check`
+    np.savez(data / f'few-shot-{split}.npz', features=stacks(wnids)[order], targets=targets[order])
+
+
+def write_category_splits(data, names=True):
+  """Gidaris and Komodakis, where the names of the classes are there too."""
+  for name, first, wnids in (('train_phase_train', 0, TRAIN), ('val', 64, VAL), ('test', 80, TEST)):
+    content = {'data': stacks(wnids), 'labels': np.repeat(first + 3 * np.arange(len(wnids)), 3).tolist()}
+    if names:
+      content['catname2label'] = {wnid: first + 3 * k for k, wnid in enumerate(wnids)}
+    path = data / f'miniImageNet_category_split_{name}.pickle'
+    path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+def write_tree(base):
+  for split, wnids in (('train', TRAIN), ('val', VAL), ('test', TEST)):
+    for wnid in wnids:
+      for k in range(3):
+        save(base / split / wnid / f'{wnid}{k:08d}.jpg', picture(wnid, k))
+
+
+def write_tars(data):
+  """Meta-Transfer Learning."""
+  write_tree(data / 'x')
+  for split in ('train', 'val', 'test'):
+    with tarfile.open(data / f'{split}.tar', 'w') as archive:
+      archive.add(data / 'x' / split, split)
+  shutil.rmtree(data / 'x')
+
+
+def write_bz2(data):
+  """MAML++."""
+  write_tree(data / 'x')
+  with tarfile.open(data / 'mini_imagenet_full_size.tar.bz2', 'w:bz2') as archive:
+    archive.add(data / 'x', 'mini_imagenet_full_size')
+  shutil.rmtree(data / 'x')
+
+
+def write_zip(data):
+  """R2-D2."""
+  with zipfile.ZipFile(data / 'miniimagenet.zip', 'w') as archive:
+    for wnid in (*TRAIN, *VAL, *TEST):
+      for k in range(3):
+        file = io.BytesIO()
+        Image.fromarray(picture(wnid, k)).save(file, 'png')
+        archive.writestr(f'miniimagenet/data/{wnid}/{wnid}{k:08d}.jpg', file.getvalue())
+    archive.writestr('miniimagenet/splits/ravi-larochelle/train.txt', '\n'.join(TRAIN))
+
+
+WRITERS = [write_hdf5, write_npz, write_category_splits, write_tars, write_bz2, write_zip]
+
+
+@pytest.mark.parametrize('write', WRITERS)
+def test_other_containers(data, write):
+  write(data)
+  check(mini_imagenet.load(str(data)))
+
+
+def test_classes_without_names(data):
+  write_category_splits(data, names=False)
+  tables = mini_imagenet.load(str(data))
+  assert {split: t.names for split, t in tables.items()} == {
+    'train': ('train/0', 'train/3'),
+    'val': ('val/64',),
+    'test': ('test/80',),
+  }
+  np.testing.assert_array_equal(tables['test'].images[tables['test'].starts[0]], picture(TEST[0], 0))
 
 
 def test_images_of_another_size_are_squashed(data):

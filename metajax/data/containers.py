@@ -101,21 +101,23 @@ class _Rows:
   """An array in an HDF5 file, opened when it is first asked for a row: the file is not held open in between."""
 
   def __init__(self, path, key, length):
-    self._path, self._key, self._length = path, key, length
+    self._place, self._length = (path, key, os.stat(path).st_mtime_ns), length
 
   def __len__(self):
     return self._length
 
   def __getitem__(self, index):
     with _reading:
-      return _array(self._path, self._key)[index]
+      return _array(*self._place)[index]
 
 
 _reading = threading.Lock()  # HDF5 has one thread, and two that want the same class should read it once
 
 
 @functools.lru_cache(maxsize=8)  # classes: threads are never more than a few apart
-def _array(path, key):
+def _array(path, key, changed):
+  """An array of a file that was last changed then: a file may be replaced."""
+  del changed
   import h5py
 
   with h5py.File(path) as file:

@@ -59,11 +59,11 @@ def dataset():
           'miniImageNet_category_split_val.pickle': 'val',
           'miniImageNet_category_split_test.pickle': 'test',
         },
-        containers.load_pickle,
+        _load_pickle,
       ),
       containers.labelled(
         {f'few-shot-{split}.npz': split for split in _lists()},
-        containers.load_npz,
+        _load_npz,
         lambda split, label: sorted(_lists()[split])[label] if label < len(_lists()[split]) else None,
       ),
       source.Format(_FOLDERS.files, _FOLDERS.find, _read_folders),
@@ -102,6 +102,23 @@ def _classes():
 def _known(path):
   """The class of an array in one of torchmeta's files."""
   return path.rpartition('/')[2]
+
+
+def _load_pickle(path, scratch):
+  """Gidaris and Komodakis's pickles number the classes; some copies also have the names, as `catname2label`."""
+  pixels, labels = containers.load_pickle(path, scratch)
+  numbers = unpickle.load(path).get('catname2label')
+  names = {number: name for name, number in numbers.items()} if isinstance(numbers, dict) else {}
+  if all(str(names.get(label)) in _classes() for label in labels):
+    labels = np.array([names[label] for label in labels])
+  return pixels, labels
+
+
+def _load_npz(path, scratch):
+  pixels, labels = containers.load_npz(path, scratch)
+  if pixels.shape[1] <= 32:  # TADAM's files of CIFAR-100 have the same names
+    raise UserError(f'{path} has images of {pixels.shape[1]} pixels: it is of FC100, move it elsewhere')
+  return pixels, labels
 
 
 def _find_caches(folder):
