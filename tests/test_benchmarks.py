@@ -2,11 +2,13 @@
 
 import functools
 import json
+import multiprocessing
 import os
 
+import numpy as np
 import pytest
 
-from benchmarks import augment, evaluation, maml_step, memory, rivals, workload
+from benchmarks import augment, conversion, evaluation, maml_step, memory, rivals, workload
 
 TINY = ['--shape=omniglot', '--image=16x16x1', '--width=4', '--query_shot=2', '--inner_steps=2', '--tasks=2']
 train_step = functools.cache(workload.TrainStep)
@@ -114,3 +116,13 @@ def test_evaluation_beside_training(tmp_path):
   (row,) = results(evaluation.main, tmp_path, '--order=1', '--episodes=4', '--rounds=1')['rows']
   assert list(row['tasks_per_second']) == ['training, order 1', 'evaluation']
   assert row['evaluation_to_training'] > 0
+
+
+def test_conversion_is_timed_and_its_memory_taken(tmp_path):
+  with multiprocessing.get_context('spawn').Pool(1) as pool:
+    for make, width in ((conversion.make_pickles, 84), (conversion.make_folders, 100)):
+      (tmp_path / str(width)).mkdir()
+      make(tmp_path / str(width), 20, width)
+      seconds, memory = pool.apply(conversion.convert, (str(tmp_path / str(width)),))
+      assert 0 < seconds < 60 and 0 <= memory < 2e8
+      assert np.load(tmp_path / str(width) / 'cache/tiered_imagenet-84/images.npy').shape == (20, 84, 84, 3)

@@ -46,7 +46,10 @@ def main(argv=None):
       with source.skipping_bad() if 'skip_bad' in flags else contextlib.nullcontext():
         _prepare(name, data_dir, settings)
     return 0
-  except (Exception, KeyboardInterrupt) as error:
+  except KeyboardInterrupt:
+    print('metajax: interrupted; run the same command again to go on', file=sys.stderr)
+    return 130
+  except Exception as error:
     status, line = explain(error)
     if line is None:
       raise

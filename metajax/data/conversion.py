@@ -52,6 +52,8 @@ def convert(key, classes, decode, shape, job, *, skip_bad=False, alone=True):
   place = folder.with_name(f'.{key}.partial' if alone else f'.{key}.{uuid.uuid4().hex}.partial')
   with writes(folder, place):
     partial = _Partial(place, manifest, shape)
+    if partial.items:
+      _log.info('going on after %d of them', partial.items)
     _write(partial, _Joined(classes.values()), decode, key, skip_bad)
     left_out = np.searchsorted(np.cumsum(counts), [index for index, _ in partial.bad], side='right')
     manifest['images_per_class'] = np.subtract(counts, np.bincount(left_out, minlength=len(counts))).tolist()
