@@ -85,3 +85,12 @@ def test_config_takes_two_steps(name, tmp_path, monkeypatch):
 def test_config_says_how_to_run_it(name):
   text = Path(ROOT / 'configs' / name).read_text()
   assert text.startswith('r"""') and f'python -m metajax.main --config=configs/{name}' in text
+
+
+@pytest.mark.parametrize(
+  'name', [*(n for n in config_lib.names('data') if n not in ('tfds', 'sinusoid')), 'tfds:flowers']
+)
+def test_any_config_takes_any_data_set(name):
+  config = config_lib.override(config_lib.load(str(ROOT / 'configs/maml_mini.py')), [f'--config.data.name={name}'])
+  assert (config.data.name, config.data.way, config.data.shot, config.data.tasks) == (name, 5, 1, 4)
+  assert config_lib.from_json(config_lib.to_json(config)) == config

@@ -162,34 +162,29 @@ def _split_of(name, data_dir, settings):
 
 def _list(name, data_dir):
   """Prints whether a data set is there, or what to put where."""
-  print(name)
-  if name in ('folder', 'tfds'):
-    where = (
-      '--path=FOLDER, with class/image or split/class/image'
-      if name == 'folder'
-      else 'tfds:BUILDER, as prepared by TFDS'
-    )
-    return print(f'  yours: {where}')
+  if name == 'folder':
+    return print('folder: yours, --path=FOLDER with class/image or split/class/image')
+  if name == 'tfds':
+    return print('tfds: what TFDS has prepared, as tfds:BUILDER')
   dataset = _dataset(name, data_dir, {})
   if dataset is None:
-    return print('  embedded')
-  tables = _tables(dataset)
+    return print(f'{name}: embedded')
+  tables, found = _tables(dataset), source.locate(dataset, data_dir)
   for folder in tables:
-    print(f'  ready: {folder}, {(folder / "images.npy").stat().st_size / 1e6:.1f} MB')
-  if found := source.locate(dataset, data_dir):
-    print(f'  found: {found.what} in {found.folder}')
-  elif not tables:
-    print('  missing: put there one of')
-    for place in source.places(dataset, data_dir):
-      print(f'    {place}')
-    if dataset.downloads:
-      size = sum(remote.size or 0 for remote in dataset.downloads) / 1e6
-      hosts = sorted({urllib.parse.urlsplit(url).netloc for remote in dataset.downloads for url in remote.urls})
-      print(
-        f'    or have it downloaded when it is first used{f" ({size:.0f} MB)" if size else ""}, from {", ".join(hosts)}'
-      )
+    print(f'{name}: ready, {folder}, {(folder / "images.npy").stat().st_size / 1e6:.1f} MB')
+  if found:
+    print(f'{name}: found, {found.what} in {found.folder}')
+  if not tables and not found:
+    size = sum(remote.size or 0 for remote in dataset.downloads) / 1e6
+    hosts = sorted({urllib.parse.urlsplit(url).netloc for remote in dataset.downloads for url in remote.urls})
+    size = f'{size:.0f} MB ' if size else ''
+    print(
+      f'{name}: missing. It is downloaded when it is first used, {size}from {", ".join(hosts)}; or put one of these'
+    )
+    for folder, files in source.places(dataset, data_dir).items():
+      print(f'  into {folder}:', *files, sep='\n    ')
     if dataset.terms:
-      print(f'    {dataset.terms}')
+      print(f'  {dataset.terms}')
 
 
 def _tables(dataset):

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 
 from metajax.data import archive, images, prepared, unpickle
-from metajax.data.source import SPLITS, Contents, Format, Prepared
+from metajax.data.source import SPLITS, Contents, Format, Prepared, braces
 from metajax.errors import UserError
 
 
@@ -94,7 +94,7 @@ def hdf5(names, known):
         raise UserError(f'{path} is damaged or not HDF5 ({error}): replace it') from error
     return Contents(classes, faults=tuple(faults))
 
-  return Format(', '.join(names), find, read)
+  return Format(braces(list(names)), find, read)
 
 
 class _Rows:
@@ -154,7 +154,7 @@ def labelled(names, load, known=lambda split, label: label if isinstance(label, 
         splits[split].append(name)
     return Contents(classes, splits={} if named else dict(splits), faults=tuple(faults))
 
-  return Format(', '.join(names), find, read)
+  return Format(braces(list(names)), find, read)
 
 
 def tfds(builder, known, extra=(), transform=None):

@@ -149,7 +149,7 @@ def locate(dataset, data_dir):
       for names in dataset.archives:
         if all(os.path.isfile(os.path.join(folder, name)) for name in names):
           paths = [os.path.join(folder, name) for name in names]
-          return Found(', '.join(names), folder, paths, functools.partial(_read_archives, dataset, folder, paths))
+          return Found(braces(names), folder, paths, functools.partial(_read_archives, dataset, folder, paths))
   for builder, read in dataset.prepared:
     if folder := prepared.find(builder, data_dir):
       paths = sorted(str(path) for path in folder.iterdir() if path.is_file())
@@ -202,11 +202,18 @@ def read(dataset, found, scratch):
 
 
 def places(dataset, data_dir):
-  """What to put where, for somebody who has not got the data set: lines."""
-  folder = os.path.join(data_dir, dataset.places[0])
-  files = [f.files for f in dataset.formats] + [', '.join(names) for names in dataset.archives]
-  lines = [f'{folder}: {name}' for name in files]
-  return lines + [f'{os.path.join(data_dir, "tensorflow_datasets")}: TFDS {p.builder}' for p in dataset.prepared]
+  """What to put where, for somebody who has not got the data set: folder -> names of files, any of which will do."""
+  files = [form.files for form in dataset.formats] + [braces(names) for names in dataset.archives]
+  result = {_home(dataset, data_dir): files}
+  return result | {os.path.join(data_dir, 'tensorflow_datasets'): [f'TFDS {p.builder}' for p in dataset.prepared]}
+
+
+def braces(names):
+  """Names as a shell would write them: {train,val,test}_data.hdf5."""
+  start = os.path.commonprefix(names)  # noqa: RUF071 (of characters)
+  end = os.path.commonprefix([name.removeprefix(start)[::-1] for name in names])[::-1]  # noqa: RUF071
+  middle = ','.join(name.removeprefix(start).removesuffix(end) for name in names)
+  return f'{start}{{{middle}}}{end}' if len(names) > 1 else start
 
 
 def _in_folder(dataset, folder):
