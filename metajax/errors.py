@@ -1,5 +1,9 @@
 """The error that a user can cause, as opposed to a bug."""
 
+import errno
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class UserError(ValueError):
   """What is wrong, where, and what to do about it, in one line.

@@ -84,6 +84,8 @@ def contact_sheet(path, title, splits, classes=8, columns=12):
 
 
 def _short(name, length=28):
+  """A name as a label: cut, without what Matplotlib takes for a formula, and printable."""
+  name = name.encode(errors='replace').decode().replace('$', r'\$')
   return name if len(name) <= length else f'...{name[3 - length :]}'
 
 

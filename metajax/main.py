@@ -30,7 +30,7 @@ from absl import logging as absl_logging
 from metajax import config as config_lib
 from metajax import parallel, processes, train, workdir
 from metajax.data import table
-from metajax.errors import UserError, first_line
+from metajax.errors import NO_ROOM, UserError, first_line
 
 
 def main(argv=None):
@@ -65,13 +65,16 @@ def main(argv=None):
     return status
 
 
+_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+_REMEDIES = {**dict.fromkeys(NO_ROOM, 'make room'), **dict.fromkeys(_ACCESS, 'make it accessible')}
+
+
 def explain(error):
   """The exit status for an error, and one line for what a user can mend; None where only the traceback will do."""
   if isinstance(error, UserError):
     return 2, f'metajax: {error}'
-  remedies = {errno.ENOSPC: 'make room', errno.EDQUOT: 'make room', errno.EACCES: 'make it accessible'}
-  if isinstance(error, OSError) and error.errno in remedies:
-    return 2, f'metajax: {error}: {remedies[error.errno]}, then run the same command again to go on'
+  if isinstance(error, OSError) and error.errno in _REMEDIES:
+    return 2, f'metajax: {error}: {_REMEDIES[error.errno]}, then run the same command again to go on'
   if isinstance(error, KeyboardInterrupt):
     return 130, 'metajax: interrupted; run the same command again to go on from the last checkpoint'
   return 1, None
@@ -101,14 +104,13 @@ def parse(argv):
   if not values.workdir:
     path, _, arg = values.config.partition(':')
     values.workdir = str(Path('runs') / (Path(path).stem + (f'-{arg}' if arg else '')))
-  if not values.data_dir:
-    values.data_dir = data_folder()
+  values.data_dir = data_folder(values.data_dir)
   return values, overrides
 
 
-def data_folder():
-  """Where archives of data sets lie or go, unless --data_dir says otherwise."""
-  return os.environ.get('METAJAX_DATA') or str(Path.home() / 'metajax_data')
+def data_folder(given=None):
+  """Where archives of data sets lie or go: what --data_dir says, else $METAJAX_DATA, else ~/metajax_data."""
+  return os.path.expanduser(given or os.environ.get('METAJAX_DATA') or '~/metajax_data')
 
 
 if __name__ == '__main__':

@@ -88,6 +88,18 @@ def test_images_that_do_not_decode_are_left_out_if_asked(cache, caplog):
   assert (cache / 'key/images.npy').stat().st_size == 128 + 70 * 60
 
 
+def test_who_wants_all_images_does_not_go_on_from_where_some_were_left_out(cache):
+  def stop(item):
+    if item == 60:
+      raise KeyboardInterrupt
+    return failing(4)[0](item)
+
+  with pytest.raises(KeyboardInterrupt):
+    convert(stop, skip_bad=True)
+  with pytest.raises(UserError, match='image 4'):
+    convert(failing(4)[0])
+
+
 def test_full_disk_is_one_line_and_leaves_nothing(cache):
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))

@@ -100,6 +100,10 @@ def test_list_says_what_is_ready(run, tmp_path):
     (['omniglot', '--check'], 'omniglot is not in .*--list'),
     (['tfds:no_such_set'], 'no data set no_such_set'),
     (['tfds'], 'what follows tfds is missing, as in tfds:BUILDER'),
+    (['folder'], r'data holds no images in class folders: .*; set path'),
+    (['omniglot', '--size=16.9'], '--size takes a value such as 28, not .16.9'),
+    (['omniglot', '--size=1e400'], '--size takes a value such as 28'),
+    (['omniglot', '--split=maml++', '--split_seed=-1'], 'split_seed = -1'),
   ],
 )
 def test_mistakes_end_in_one_line(run, arguments, complaint):
@@ -117,6 +121,75 @@ def test_images_that_do_not_decode_stop_it_or_are_listed(run, tmp_path):
   assert status == 0 and '22 images of' in out and '3 to 4 images each' in out
   for name in ('train/class0/1.png', 'test/class5/3.png'):
     assert f'{name} does not decode' in err + out
+
+
+@pytest.mark.parametrize(
+  ('setting', 'complaint'),
+  [
+    ("--fractions=('a','b','c')", 'fractions .* are not three parts of 1'),
+    ('--fractions=(1e400,0,0)', 'fractions .* are not three parts of 1'),
+    ('--split_seed=-1', 'split_seed = -1'),
+  ],
+)
+def test_settings_out_of_range_end_in_one_line(run, tmp_path, setting, complaint):
+  make_folder(tmp_path / 'data/mine')
+  for split in ('train', 'val', 'test'):  # classes alone
+    for folder in (tmp_path / f'data/mine/{split}').iterdir():
+      folder.rename(tmp_path / f'data/mine/{folder.name}')
+    (tmp_path / f'data/mine/{split}').rmdir()
+  status, _, err = run('folder', '--path=mine', setting)
+  assert status == 2 and re.search(complaint, err)
+
+
+def truncate(folder):
+  os.truncate(folder / 'images.npy', 100)
+
+
+DEFECTS = [
+  (truncate, 'damaged'),
+  (lambda folder: (folder / 'images.npy').unlink(), 'damaged'),
+  (lambda folder: (folder / 'manifest.json').write_text('{'), 'damaged'),
+  (lambda folder: (folder / 'manifest.json').write_text('{"format": 1}'), 'of an older format'),
+]
+
+
+@pytest.mark.parametrize(('spoil', 'word'), DEFECTS)
+def test_a_table_that_is_not_whole(run, tmp_path, spoil, word):
+  make_folder(tmp_path / 'data/omniglot/data')
+  for k, name in enumerate(('train', 'val', 'test')):
+    (tmp_path / 'data/omniglot/data' / name).rename(tmp_path / 'data/omniglot/data' / ('Greek', 'Latin', 'Tibetan')[k])
+  for folder in (tmp_path / 'data/omniglot/data').glob('*/*'):
+    folder.rename(folder.with_name(f'character{int(folder.name[-1]) + 1:02d}'))
+  assert run('omniglot', '--size=3')[0] == 0
+  (tmp_path / 'cache/.omniglot-3.old/left').mkdir(parents=True)  # by a process that was killed at the end
+  spoil(tmp_path / 'cache/omniglot-3')
+  assert 'ready' not in run('omniglot', '--list')[1]
+  assert re.search(f'omniglot-3: it is {word}.*will be made again', run('omniglot', '--check')[1])
+  status, out, _ = run('omniglot', '--size=3')
+  assert status == 0 and 'will be made anew' in out and '24 images of 3 x 3 x 1' in out
+  assert [name for name in os.listdir(tmp_path / 'cache') if 'old' in name] == []
+
+
+def test_check_leaves_nothing(run, tmp_path):
+  make_folder(tmp_path / 'data')
+  assert run('folder', '--check')[0] == 0
+  assert os.listdir(tmp_path / 'cache') == ['.check.lock']
+
+
+def test_the_files_of_a_folder_decide_not_the_cache(run, tmp_path):
+  """What cannot be read or is not there is told of the files."""
+  (tmp_path / 'data/omniglot/images_background.zip').mkdir(parents=True)
+  status, _, err = run('omniglot')
+  assert status == 2 and 'images_background.zip is a folder, where the archive of Omniglot should be: remove it' in err
+  assert run('omniglot', '--data_dir=~/no_such_folder', '--list')[1].find('~') == -1
+
+
+@pytest.mark.parametrize('name', ['$x_{$', '%', 'a' * 60])
+def test_a_sheet_has_room_for_any_name(run, tmp_path, name):
+  make_folder(tmp_path / 'data')
+  (tmp_path / 'data/train/class0').rename(tmp_path / 'data/train' / name)
+  status, out, _ = run('folder', '--size=5')
+  assert status == 0 and 'sheet.png' in out
 
 
 def plant_odd_count(root):
@@ -207,8 +280,7 @@ def test_check_finds_each_fault_in_the_real_omniglot(run, tmp_path, omniglot_dir
   assert status == 1
   assert 'class Greek/character01 has 19 images, not 20' in out
   assert re.search(r'class Latin/character01 is in .*background/Latin/character01 and in .*evaluation/Latin', out)
-  assert re.search(
-    r'same image is in classes Greek/character02 and Keble/character01: .*0395_07.png and .*1245_07', out
-  )
+  pair = r'train \(class Greek/character02\) and in test \(class Keble/character01\): .*0395_07.png and .*1245_07'
+  assert re.search(f'same image is in {pair}', out)
   assert len(re.findall('the same image is in', out)) == 1 + 20
   assert len(re.findall('note: ', out)) == 1  # the one dot of Braille that the original has twice

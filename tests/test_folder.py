@@ -164,8 +164,8 @@ def test_converted_once_per_state_of_the_folder(root, monkeypatch):
   ('make', 'options', 'complaint'),
   [
     (lambda root: None, dict(path='missing'), 'no folder of images .*missing'),
-    (lambda root: None, {}, 'no class folders'),
-    (lambda root: save(root / 'a.png'), {}, 'no class folders'),
+    (lambda root: None, {}, 'no images in class folders'),
+    (lambda root: save(root / 'a.png'), {}, 'no images in class folders'),
     (lambda root: (make_classes(root, 3), (root / 'empty').mkdir()), {}, 'class folder empty .*no images'),
     (lambda root: make_classes(root, 2), {}, '2 classes, too few'),
     (lambda root: make_classes(root, 3), dict(fractions=(0.5, 0.5, 0.5)), 'fractions'),

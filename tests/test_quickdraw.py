@@ -146,7 +146,8 @@ def test_counts_are_those_published():
   assert set(quickdraw.dataset(per_class=20).counts.values()) == {20}
   counts = quickdraw.dataset(per_class=200_000).counts
   assert counts['panda'] == 113_613 and counts['snowman'] == 200_000
-  names = {quickdraw.dataset(*options).name for options in [(), (20,), (100,), (20, 7)]}
+  options = [{}, dict(per_class=20), dict(per_class=100), dict(per_class=20, split_seed=7)]
+  names = {quickdraw.dataset(**settings).name for settings in options}
   assert len(names) == 4  # of tables with other drawings
 
 

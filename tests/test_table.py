@@ -45,7 +45,7 @@ def test_table_holds_every_row_in_order(cache):
 
 
 def test_class_tables_share_images_and_place_turned_classes():
-  tables = table.class_tables(convert(), {'train': [('b', 0), ('c', 0), ('b', 3)], 'test': ['a']})
+  tables = table.class_tables(convert(), {'train': [('b', 0), ('c', 0), ('b', 3)], 'test': [('a', 0)]})
   train, test = tables['train'], tables['test']
   assert train.images is test.images
   assert train.names == ('b', 'c', 'b/rot270') and test.names == ('a',)

@@ -73,6 +73,17 @@ def test_once_converted_tfds_is_not_needed(data, tmp_path):
   assert sum(len(t.names) for t in again.values()) == 5
 
 
+def test_another_preparation_is_another_table(data, tmp_path):
+  names = flowers(data)
+  any_tfds.load('flowers', str(data), size=8)
+  flowers(data, names[:3], per_class=5, version='4.0.0')
+  again = any_tfds.load('flowers', str(data), size=8)
+  assert sorted(name for t in again.values() for name in t.names) == sorted(names[:3])
+  assert all((t.counts == 5).all() for t in again.values())
+  settings = [('x/grey', False), ('x', True), ('x-grey', False), ('a/b:1.0.0', False), ('a/b-1.0.0', False)]
+  assert len({any_tfds.dataset(builder, '', grey).name for builder, grey in settings}) == 5
+
+
 def test_any_data_set_with_splits_of_a_file(data):
   flowers(data)
   (data / 'my.json').write_text(json.dumps({'train': ['tulip', 'rose'], 'test': ['iris']}))
@@ -87,6 +98,9 @@ def test_any_data_set_with_splits_of_a_file(data):
     ('["rose"]', 'my.json is no JSON file of split -> class names'),
     ('{"training": ["rose"]}', "has a split 'training': they are train, val and test"),
     ('{"train": ["rosé"]}', "lists class 'rosé', which the data set has not; it has daisy, iris"),
+    ('{"train": "rose"}', 'each split is a list of names'),
+    ('{"train": [["rose"]]}', 'each split is a list of names'),
+    ('[' * 100_000, 'no JSON file'),
     ('{"train": ["rose"], "test": ["rose"]}', "lists class 'rose' twice"),
   ],
 )

@@ -17,6 +17,7 @@ import glob
 import inspect
 import json
 import logging
+import os
 import sys
 import urllib.parse
 from pathlib import Path
@@ -34,7 +35,7 @@ def main(argv=None):
   logging.getLogger('metajax').setLevel(logging.INFO)
   try:
     name, flags, settings = _parse(sys.argv[1:] if argv is None else argv)
-    data_dir = settings.pop('data_dir', None) or data_folder()
+    data_dir = data_folder(settings.pop('data_dir', None))
     if 'list' in flags:
       for each in [name] if name else config_lib.names('data'):
         _list(each, data_dir)
@@ -45,6 +46,9 @@ def main(argv=None):
     else:
       with source.skipping_bad() if 'skip_bad' in flags else contextlib.nullcontext():
         _prepare(name, data_dir, settings)
+    return 0
+  except BrokenPipeError:  # whoever reads has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
   except KeyboardInterrupt:
     print('metajax: interrupted; run the same command again to go on', file=sys.stderr)
@@ -86,8 +90,11 @@ def _settings(name, settings):
       raise UserError(f'command line: {name} has no setting {key!r}; known: {", ".join(["data_dir", *defaults])}')
     kind = type(defaults[key])
     try:
-      result[key] = text if kind is str else kind(ast.literal_eval(text.capitalize() if kind is bool else text))
-    except (TypeError, ValueError, SyntaxError):
+      value = text if kind is str else ast.literal_eval(text.capitalize() if kind is bool else text)
+      result[key] = float(value) if kind is float and type(value) is int else value
+      if type(result[key]) is not kind:
+        raise ValueError
+    except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError):
       raise UserError(f'command line: --{key} takes a value such as {defaults[key]!r}, not {text!r}') from None
   return result
 
@@ -124,8 +131,11 @@ def _prepare(name, data_dir, settings):
   for file in manifest['files']:
     print(f'    {file["path"]}, {file["bytes"]} bytes, SHA-256 {file["sha256"]}')
   print(f'  table  {folder}, SHA-256 {manifest["sha256"]}')
-  figures.contact_sheet(folder / 'sheet.png', name, splits)
-  print(f'  sheet  {folder / "sheet.png"}')
+  try:
+    figures.contact_sheet(folder / 'sheet.png', name, splits)
+    print(f'  sheet  {folder / "sheet.png"}')
+  except OSError as error:  # a table is of use without
+    print(f'  sheet  none: {error}')
 
 
 def _check(name, data_dir, settings):
@@ -141,7 +151,7 @@ def _check(name, data_dir, settings):
   faults, notes = [], []
   if found:
     print(f'checking {found.what} in {found.folder}')
-    faults, notes = check.check_source(dataset, found, _split_of(name, data_dir, settings))
+    faults, notes = check.check_source(dataset, found)
   for folder in tables:
     print(f'checking the table {folder}')
     faults += check.check_table(folder)
@@ -149,15 +159,6 @@ def _check(name, data_dir, settings):
     print(f'  {sentence}')
   print(f'{name}: {len(faults)} faults' if faults else f'{name}: no faults')
   return 1 if faults else 0
-
-
-def _split_of(name, data_dir, settings):
-  """Class name -> split, if there is or can be a table to tell."""
-  try:
-    splits = _load(name, data_dir, settings)
-  except UserError:
-    return {}
-  return {c.partition('/rot')[0]: split for split, t in splits.items() for c in t.names}
 
 
 def _list(name, data_dir):
@@ -169,9 +170,11 @@ def _list(name, data_dir):
   dataset = _dataset(name, data_dir, {})
   if dataset is None:
     return print(f'{name}: embedded')
-  tables, found = _tables(dataset), source.locate(dataset, data_dir)
+  tables = [folder for folder in _tables(dataset) if not table.defect_of(folder)]
+  found = source.locate(dataset, data_dir)
   for folder in tables:
-    print(f'{name}: ready, {folder}, {(folder / "images.npy").stat().st_size / 1e6:.1f} MB')
+    size = f'{(folder / "images.npy").stat().st_size / 1e6:.1f} MB'
+    print(f'{name}: ready, {folder}, {size}')
   if found:
     print(f'{name}: found, {found.what} in {found.folder}')
   if not tables and not found:
@@ -181,14 +184,15 @@ def _list(name, data_dir):
     print(
       f'{name}: missing. It is downloaded when it is first used, {size}from {", ".join(hosts)}; or put one of these'
     )
-    for folder, files in source.places(dataset, data_dir).items():
+    for folder, files in source.wanted(dataset, data_dir).items():
       print(f'  into {folder}:', *files, sep='\n    ')
     if dataset.terms:
       print(f'  {dataset.terms}')
 
 
 def _tables(dataset):
-  return sorted(path.parent for path in table.cache_dir().glob(f'{glob.escape(dataset.name)}-[0-9]*/manifest.json'))
+  """Folders of its converted tables, whole or not."""
+  return sorted(path for path in table.cache_dir().glob(f'{glob.escape(dataset.name)}-[0-9]*') if path.is_dir())
 
 
 if __name__ == '__main__':

@@ -4,48 +4,49 @@ import collections
 import hashlib
 import itertools
 import json
-import pathlib
 import shutil
-import uuid
 
 from metajax.data import conversion, images, source, table
 from metajax.errors import UserError
 
-_MOST = 0.5  # of the classes: what so many have as their number of images, the others should have too
+_MOST = 0.5  # where more of the classes than this have the same number of images, the others should have it too
 
 
-def check_source(dataset, found, split_of):
+def check_source(dataset, found):
   """Everything that is wrong with a data set's files.
 
   Args:
     dataset: source.Dataset.
     found: source.Found, where they are.
-    split_of: class name -> split, as far as it is known.
 
   Returns:
     (faults, notes), lists of sentences. Notes are of what published data sets have as well: an image that is twice in
     a class.
   """
-  scratch = table.cache_dir() / f'.check.{uuid.uuid4().hex}.unpacked'
-  try:
-    contents = source.read(dataset, found, scratch)
-    split_of = {c: split for split, names in contents.splits.items() for c in names} or split_of
-    counts = {c: len(items) for c, items in contents.classes.items()}
-    deviations = source.deviations(dataset, contents) if dataset.counts else odd_counts(counts)
-    faults, notes = _compare(contents, split_of)
-    faults = [*contents.faults, *deviations, *faults]
-  except UserError as error:
-    faults, notes = [str(error)], []
-  finally:
+  cache = table.cache_dir()
+  with conversion.writes(cache):
+    cache.mkdir(parents=True, exist_ok=True)
+  scratch = cache / '.check.unpacked'
+  with table.locked(cache / '.check.lock'):
     shutil.rmtree(scratch, ignore_errors=True)
-  return [source.outside(text, found, scratch) for text in faults], [
-    source.outside(text, found, scratch) for text in notes
-  ]
+    try:
+      contents = source.read(dataset, found, scratch)
+      splits = contents.splits or dataset.splits(sorted(contents.classes))
+      counts = {c: len(items) for c, items in contents.classes.items()}
+      deviations = source.deviations(dataset, contents) if dataset.counts else odd_counts(counts)
+      faults, notes = _compare(contents, {c: split for split, names in splits.items() for c in names})
+      faults = [*contents.faults, *deviations, *faults]
+    except UserError as error:
+      faults, notes = [str(error)], []
+    finally:
+      shutil.rmtree(scratch, ignore_errors=True)
+  return [[source.outside(text, found, scratch) for text in texts] for texts in (faults, notes)]
 
 
 def check_table(folder):
   """What is wrong with a converted table: a list of sentences."""
-  folder = pathlib.Path(folder)
+  if defect := table.defect_of(folder):
+    return [f'{folder}: {defect}; it will be made again when it is next used']
   manifest = json.loads((folder / 'manifest.json').read_text())
   if table.describe_file(folder / 'images.npy')['sha256'] != manifest['sha256']:
     return [f'{folder / "images.npy"} has changed since it was made (SHA-256): remove {folder} to have it made again']

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -51,7 +52,7 @@ def convert(key, classes, decode, shape, job, *, skip_bad=False, alone=True):
   # Where the file system has no locks, others may be at it too: then to each its own, and nothing is taken over.
   place = folder.with_name(f'.{key}.partial' if alone else f'.{key}.{uuid.uuid4().hex}.partial')
   with writes(folder, place):
-    partial = _Partial(place, manifest, shape)
+    partial = _Partial(place, manifest, shape, skip_bad)
     if partial.items:
       _log.info('going on after %d of them', partial.items)
     _write(partial, _Joined(classes.values()), decode, key, skip_bad)
@@ -84,12 +85,13 @@ class _Partial:
   Plain writes rather than a memory map: on a full disk they raise an error, where a memory map kills the process.
   """
 
-  def __init__(self, folder, job, shape):
+  def __init__(self, folder, job, shape, skip_bad):
     self.items = self.rows = 0  # done, and written: the rest of them are bad
     self.bad = []  # (item's number, reason)
     self._folder, self.shape = folder, shape
     job = json.dumps([job, shape])
-    steps = self._steps(job)
+    # Who does not want images left out does not go on from where some were.
+    steps = list(itertools.takewhile(lambda step: skip_bad or not step[2], self._steps(job)))
     if not steps:
       shutil.rmtree(folder, ignore_errors=True)
       folder.mkdir(parents=True)
@@ -134,6 +136,7 @@ class _Partial:
     (self._folder / 'manifest.json').write_text(json.dumps(manifest, indent=1))
     if folder.exists():
       old = folder.with_name(f'.{folder.name}.old')
+      shutil.rmtree(old, ignore_errors=True)
       folder.rename(old)
       shutil.rmtree(old, ignore_errors=True)
     self._folder.rename(folder)

@@ -23,7 +23,7 @@ import uuid
 from typing import NamedTuple
 
 from metajax.data.table import locked
-from metajax.errors import UserError, first_line
+from metajax.errors import NO_ROOM, UserError, first_line
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ _PATIENCE = 60  # seconds; a mirror that asks to wait longer is not asked again
 _PROGRESS = 1 << 20  # bytes; once as many have arrived, the waits begin anew
 _BLOCK = 1 << 16  # bytes
 _BUSY = (408, 429, 500, 502, 503, 504)
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Remote(NamedTuple):
@@ -117,7 +116,7 @@ def fetch(remote, folder):
         return path
       # An empty part stays as well: another process may be waiting for its lock.
   except OSError as error:
-    room = 'make room there, or ' if error.errno in _NO_ROOM else ''
+    room = 'make room there, or ' if error.errno in NO_ROOM else ''
     raise UserError(
       f'cannot write {path}: {error.strerror or error}; {room}choose another folder with --data_dir'
     ) from error

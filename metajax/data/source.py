@@ -8,11 +8,12 @@ import logging
 import os
 import shutil
 import types
+import uuid
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from metajax.data import archive, conversion, download, images, prepared, table
-from metajax.errors import UserError
+from metajax.errors import NO_ROOM, UserError, first_line
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Dataset(NamedTuple):
   archives: tuple[tuple[str, ...], ...] = ()  # file names of archives, in sets of which all are needed
   prepared: tuple[Prepared, ...] = ()
   downloads: tuple[download.Remote, ...] = ()
+  splits: Callable | None = None  # names of classes there are -> split -> those in it; where the files do not know
   counts: Mapping = _NONE  # class name -> images, as published; empty for a data set that is nobody's
   total: int = 0  # images, where how many there are of each class is not published: `counts` then has the names alone
   superclasses: Mapping = _NONE  # class name -> superclass, where there are any
@@ -71,6 +73,10 @@ class Found(NamedTuple):
   paths: list
   read: Callable  # (scratch folder) -> Contents
 
+  def fingerprint(self):
+    with _reading(self.folder):
+      return table.fingerprint(self.folder, self.paths)
+
 
 _skip_bad = contextvars.ContextVar('skip_bad', default=False)
 
@@ -83,6 +89,23 @@ def skipping_bad():
     yield
   finally:
     _skip_bad.reset(token)
+
+
+def load(dataset: Dataset, data_dir, rendering: images.Rendering, turned=()):
+  """`obtain`, and divide by the data set's splits.
+
+  Args:
+    dataset, data_dir, rendering: as for `obtain`.
+    turned: splits in which the classes turned by 90, 180 and 270 degrees follow as classes of their own.
+
+  Returns:
+    split -> ClassTable, with the classes that are there; a split without any is absent.
+  """
+  result = obtain(dataset, data_dir, rendering)
+  there, splits = set(result.names), result.splits or dataset.splits(result.names)
+  splits = {split: [c for c in splits.get(split, ()) if c in there] for split in ('train', 'val', 'test')}
+  splits = {s: [(c, k) for k in range(4 if s in turned else 1) for c in classes] for s, classes in splits.items()}
+  return table.class_tables(result, {split: classes for split, classes in splits.items() if classes})
 
 
 def obtain(dataset: Dataset, data_dir, rendering: images.Rendering):
@@ -104,10 +127,11 @@ def obtain(dataset: Dataset, data_dir, rendering: images.Rendering):
   result = _current(key, dataset, data_dir)
   if result is None:
     lock = table.cache_dir() / f'.{key}.lock'
-    with conversion.writes(lock.parent):
-      lock.parent.mkdir(parents=True, exist_ok=True)
-      with table.locked(lock) as alone:
-        result = _current(key, dataset, data_dir) or _convert(key, dataset, data_dir, rendering, alone)
+    with contextlib.ExitStack() as stack:
+      with conversion.writes(lock.parent):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        alone = stack.enter_context(table.locked(lock))
+      result = _current(key, dataset, data_dir) or _convert(key, dataset, data_dir, rendering, alone)
   for note in result.notes[:5]:
     _log.warning('%s is not as published: %s', dataset.title, note)
   if len(result.notes) > 5:
@@ -116,27 +140,12 @@ def obtain(dataset: Dataset, data_dir, rendering: images.Rendering):
 
 
 def _current(key, dataset, data_dir):
-  """The converted table, unless it lacks something and its source has changed since."""
+  """The converted table; of what may change, unless its source has changed since."""
   result = table.open_table(key)
-  if result is None or not result.notes:
+  if result is None or (dataset.counts and not result.notes):  # published and whole
     return result
   found = locate(dataset, data_dir)
-  return result if found is None or table.fingerprint(found.folder, found.paths) == result.fingerprint else None
-
-
-def divide(images, splits):
-  """Divides a table.
-
-  Args:
-    images: table.Table.
-    splits: split -> class names; those that the table lacks are passed over.
-
-  Returns:
-    split -> ClassTable; a split without any class is absent.
-  """
-  there, splits = set(images.names), images.splits or splits
-  splits = {split: [c for c in splits.get(split, ()) if c in there] for split in ('train', 'val', 'test')}
-  return table.class_tables(images, {split: classes for split, classes in splits.items() if classes})
+  return result if found is None or found.fingerprint() == result.fingerprint else None
 
 
 def locate(dataset, data_dir):
@@ -186,8 +195,9 @@ def read(dataset, found, scratch):
   Raises:
     UserError: there is nothing in them, or classes of another data set.
   """
-  contents = found.read(scratch)
-  classes = {c: items for c, items in sorted(contents.classes.items()) if len(items)}
+  with _reading(found.folder):
+    contents = found.read(scratch)
+    classes = {c: items for c, items in sorted(contents.classes.items()) if len(items)}
   if not classes:
     raise UserError(f'{found.paths[0]} has no images of {dataset.title}: replace it')
   named = dataset.counts and not contents.splits and not contents.faults
@@ -201,7 +211,22 @@ def read(dataset, found, scratch):
   return contents._replace(classes=classes)
 
 
-def places(dataset, data_dir):
+@contextlib.contextmanager
+def _reading(folder):
+  """Turns what goes wrong with strangers' files into a UserError."""
+  try:
+    yield
+  except UserError:
+    raise
+  except OSError as error:
+    remedy = 'make room' if error.errno in NO_ROOM else 'make it readable, or remove it'
+    raise UserError(f'{error.filename or folder}: {error.strerror or error}; {remedy}') from error
+  except (AttributeError, EOFError, LookupError, RecursionError, TypeError, ValueError) as error:
+    kind = type(error).__name__
+    raise UserError(f'{folder}: a file is not in the format of its name ({kind}: {first_line(error)})') from error
+
+
+def wanted(dataset, data_dir):
   """What to put where, for somebody who has not got the data set: folder -> names of files, any of which will do."""
   files = [form.files for form in dataset.formats] + [braces(names) for names in dataset.archives]
   result = {_home(dataset, data_dir): files}
@@ -242,10 +267,13 @@ def _convert(key, dataset, data_dir, rendering, alone):
   if found is None:
     raise UserError(f'{dataset.title} was downloaded to {data_dir}, but is not found there')
   _log.info('reading %s from %s', dataset.title, found.folder)
-  fingerprint = table.fingerprint(found.folder, found.paths)
+  fingerprint = found.fingerprint()
   scratch = table.cache_dir() / f'.{key}.{fingerprint[:16]}.unpacked'
-  for stale in set(table.cache_dir().glob(f'.{glob.escape(key)}.*.unpacked*')) - {scratch}:
-    shutil.rmtree(stale, ignore_errors=True)
+  if alone:  # nobody else is at what others have left behind
+    for stale in set(table.cache_dir().glob(f'.{glob.escape(key)}.*.unpacked*')) - {scratch}:
+      shutil.rmtree(stale, ignore_errors=True)
+  else:
+    scratch = scratch.with_name(f'.{key}.{uuid.uuid4().hex}.unpacked')
   try:
     contents = read(dataset, found, scratch)
   except UserError as error:
@@ -254,7 +282,8 @@ def _convert(key, dataset, data_dir, rendering, alone):
   if contents.faults:
     more = f' (and {len(contents.faults) - 1} more faults)' if len(contents.faults) > 1 else ''
     raise UserError(f'{contents.faults[0]}{more}; `python -m metajax.data NAME --check` lists all that is wrong')
-  files = [table.describe_file(path) for path in found.paths] if len(found.paths) <= _HASHED else []
+  with _reading(found.folder):
+    files = [table.describe_file(path) for path in found.paths] if len(found.paths) <= _HASHED else []
   job = {
     'source': found.what,
     'files': files,
@@ -284,6 +313,9 @@ def _get(dataset, data_dir):
   if not dataset.downloads:
     return prepared.prepare(dataset.prepared[0].builder, data_dir)
   folder = _home(dataset, data_dir)
+  for remote in dataset.downloads:
+    if os.path.isdir(place := os.path.join(folder, remote.name)):
+      raise UserError(f'{place} is a folder, where the archive of {dataset.title} should be: remove it')
   missing = [remote for remote in dataset.downloads if not os.path.exists(os.path.join(folder, remote.name))]
   sizes = [remote.size for remote in missing]
   size = f'{sum(sizes) / 1e9:.2f} GB' if all(sizes) else 'size unknown'

@@ -16,10 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metajax.errors import first_line
+
 _log = logging.getLogger(__name__)
 
 FORMAT = 2  # of the manifest; a table of another format is made anew
-_DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what opening a table raises that is not whole
+
+
+class _Older(ValueError):
+  pass
 
 
 class ClassTable(NamedTuple):
@@ -56,15 +61,23 @@ def cache_dir():
 
 
 def open_table(key):
-  """Maps the table `key`; None if there is none, or (after a warning that names it) if it is damaged."""
+  """Maps the table `key`; None if there is none, or (after a warning that names it) if it is not whole."""
   folder = cache_dir() / key
   if not os.path.isdir(folder):
     return None
-  try:
-    return open_folder(folder)
-  except _DAMAGE as error:
-    _log.warning('the converted table %s is damaged and will be made anew: %s', folder, error)
+  if defect := defect_of(folder):
+    _log.warning('the converted table %s will be made anew: %s', folder, defect)
     return None
+  return open_folder(folder)
+
+
+def defect_of(folder):
+  """Why the table in a folder cannot be opened; '' if it can."""
+  try:
+    open_folder(folder)
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    return f'it is damaged ({first_line(error)})' if not isinstance(error, _Older) else str(error)
+  return ''
 
 
 def class_tables(table, splits):
@@ -72,7 +85,7 @@ def class_tables(table, splits):
 
   Args:
     table: Table.
-    splits: split -> classes, each a name or (name, counter-clockwise quarter turns).
+    splits: split -> classes, each (name, counter-clockwise quarter turns).
 
   Returns:
     split -> ClassTable, all with the same `images`; a turned class is called `name/rot090` and so on.
@@ -81,7 +94,6 @@ def class_tables(table, splits):
   starts = np.cumsum(table.counts) - table.counts
   tables = {}
   for split, classes in splits.items():
-    classes = [(c, 0) if isinstance(c, str) else c for c in classes]
     ids = np.array([index[name] for name, _ in classes], np.int64)
     turns = np.array([turns for _, turns in classes], np.int8)
     names = tuple(f'{name}/rot{90 * turns:03d}' if turns else name for name, turns in classes)
@@ -147,7 +159,7 @@ def open_folder(folder):
   """Maps the table in a folder; raises one of several errors where it is not whole."""
   manifest = json.loads((folder / 'manifest.json').read_text())
   if manifest['format'] != FORMAT:
-    raise ValueError(f'format {manifest["format"]}, not {FORMAT}')
+    raise _Older(f'it is of an older format ({manifest["format"]}, not {FORMAT})')
   names, notes = tuple(manifest['classes']), tuple(manifest['notes'])
   counts = np.array(manifest['images_per_class'], np.int64)
   images = np.load(folder / 'images.npy', mmap_mode='r')

@@ -69,6 +69,7 @@ def dataset(name, title, splits, *, places, files, archives):
     archives=((_ARCHIVE,), ('cifar-100-binary.tar.gz',), ('cifar100.zip',), *archives),
     prepared=(containers.tfds('cifar100', lambda record: record.label),),
     downloads=(_DOWNLOAD,),
+    splits=lambda names: splits,
     counts=dict.fromkeys(names(), _PER_CLASS),
     superclasses={c: superclass for superclass, members in lists()['superclasses'].items() for c in members},
     terms='its authors state no licence; cite Krizhevsky (2009)',

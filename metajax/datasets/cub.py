@@ -37,11 +37,11 @@ def load(data_dir, *, size=84, split='closer_look', resample='bilinear', crop=2 
   if split not in _lists():
     raise UserError(f'cub has no split {split!r}; choose one of {", ".join(_lists())}')
   rendering = images.Rendering(size, 'RGB', resample, crop)
-  return source.divide(source.obtain(dataset(), data_dir, rendering), _lists()[split])
+  return source.load(dataset(split), data_dir, rendering)
 
 
 @functools.cache
-def dataset():
+def dataset(split='closer_look'):
   """What there is to know about CUB-200-2011."""
   return source.Dataset(
     name='cub',
@@ -70,6 +70,7 @@ def dataset():
         size=1150585339,
       ),
     ),
+    splits=lambda names: _lists()[split],
     counts=dict.fromkeys(sorted(c for classes in _lists()['closer_look'].values() for c in classes)),
     total=11788,
     terms='its photographs are for non-commercial research and education only',

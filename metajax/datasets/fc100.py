@@ -26,7 +26,7 @@ def load(data_dir, *, size=32, resample='bilinear'):
   Raises:
     UserError: nothing is found and the download failed, or it is damaged or has classes of another data set.
   """
-  return source.divide(source.obtain(dataset(), data_dir, images.Rendering(size, 'RGB', resample)), _splits())
+  return source.load(dataset(), data_dir, images.Rendering(size, 'RGB', resample))
 
 
 @functools.cache

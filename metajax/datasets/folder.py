@@ -42,25 +42,27 @@ def load(
       an image does not decode.
   """
   rendering = images.Rendering(size, 'L' if grey else 'RGB', resample, crop)
-  result = source.obtain(dataset(data_dir, path, grey), data_dir, rendering)
-  splits = result.splits or deal(result.names, fractions, split_seed, os.path.join(data_dir, path))
-  return source.divide(result, splits)
+  return source.load(dataset(data_dir, path, grey, fractions, split_seed), data_dir, rendering)
 
 
-def dataset(data_dir, path='', grey=False):
+def dataset(data_dir, path='', grey=False, fractions=(0.64, 0.16, 0.2), split_seed=0):
   """The folder as a source: another for each state of its files."""
   root = os.path.normpath(os.path.join(data_dir, path))
   if not os.path.isdir(root):
     raise UserError(f'there is no folder of images {root}: set data.path to one, relative to --data_dir')
   classes = _classes(root)
-  if not classes:
-    raise UserError(f'{root} holds no class folders: images are expected at class/image or at split/class/image')
   paths = [path for place in classes for path in images.list_images(os.path.join(root, place))]
+  if not paths:
+    raise UserError(
+      f'{root} holds no images in class folders: they are expected at class/image or at split/class/image; '
+      'set path to the folder'
+    )
   return source.Dataset(
     name=f'folder-{table.fingerprint(root, paths)[:16]}{"-grey" * grey}',
     title=root,
     places=(path,),
     formats=(source.Format('class/image or split/class/image', lambda folder: paths, functools.partial(_read, root)),),
+    splits=lambda names: deal(names, fractions, split_seed, root),
   )
 
 
@@ -93,8 +95,11 @@ def _read(root, paths, scratch):
 
 def deal(classes, fractions, seed, where):
   """Deals sorted class names to splits, as `load` says; `where` they are is for errors."""
-  if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+  numbers = len(fractions) == 3 and all(isinstance(part, (int, float)) and part >= 0 for part in fractions)
+  if not numbers or not abs(sum(fractions) - 1) <= 1e-6:
     raise UserError(f'fractions {tuple(fractions)} are not three parts of 1, for train, val and test')
+  if seed < 0:
+    raise UserError(f'split_seed = {seed}: seeds are 0 or more')
   counts = [max(1, round(len(classes) * f)) if f else 0 for f in fractions]
   largest = int(np.argmax(fractions))
   counts[largest] += len(classes) - sum(counts)

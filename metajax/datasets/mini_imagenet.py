@@ -40,7 +40,7 @@ def load(data_dir, *, size=84, resample='bilinear', crop=0.0):
     UserError: nothing is found and the download failed, or it is damaged or has classes of another data set.
   """
   rendering = images.Rendering(size, 'RGB', resample, crop)
-  return source.divide(source.obtain(dataset(), data_dir, rendering), _lists())
+  return source.load(dataset(), data_dir, rendering)
 
 
 @functools.cache
@@ -83,6 +83,7 @@ def dataset():
         sha256='30052347dd33f3ea3ee4a4ad65d72152bf657aac41891299dfa614a3235947ed',
       ),
     ),
+    splits=lambda names: _lists(),
     counts=dict.fromkeys(_classes(), _PER_CLASS),
     terms=source.IMAGENET_TERMS,
   )

@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 from PIL import ImageOps
 
-from metajax.data import containers, images, source, table
+from metajax.data import containers, images, source
 from metajax.data.download import Remote
 from metajax.errors import UserError
 
@@ -50,16 +50,13 @@ def load(data_dir, *, size=28, split='vinyals', split_seed=0, rotations=('train'
     raise UserError(f'omniglot has no split {split!r}; choose one of {", ".join(_SPLITS)}')
   if unknown := set(rotations) - {'train', 'val', 'test'}:
     raise UserError(f'omniglot rotations name {sorted(unknown)}; the splits are train, val, test')
-  result = source.obtain(dataset(), data_dir, images.Rendering(size, 'L', resample))
-  there, turns = set(result.names), {True: range(4), False: range(1)}
-  splits = {s: [c for c in names if c in there] for s, names in _SPLITS[split](split_seed).items()}
-  return table.class_tables(
-    result, {s: [(c, k) for k in turns[s in rotations] for c in n] for s, n in splits.items() if n}
-  )
+  if not 0 <= split_seed < 2**32:
+    raise UserError(f'split_seed = {split_seed}: seeds are from 0 to {2**32 - 1}')
+  return source.load(dataset(split, split_seed), data_dir, images.Rendering(size, 'L', resample), turned=rotations)
 
 
 @functools.cache
-def dataset():
+def dataset(split='vinyals', split_seed=0):
   """What there is to know about Omniglot."""
   halves = 'images_background', 'images_evaluation'
   return source.Dataset(
@@ -79,6 +76,7 @@ def dataset():
       _remote(halves[0], 9464212, 'ad41ab679c8b5d90b271ef46be6987cc81211774a695c29dcc5367b2b26ee640'),
       _remote(halves[1], 6462886, '1f61a8f3366785b057fc117d9228e78a16e3d976c8953b2a10fcc74cf0609cee'),
     ),
+    splits=lambda names: _SPLITS[split](split_seed),
     counts=dict.fromkeys(_characters(), _DRAWERS),
     superclasses={name: name.split('/')[0] for name in _characters()},
   )

@@ -53,12 +53,11 @@ def load(data_dir, *, size=28, split='meta_dataset', split_seed=123, per_class=0
     raise UserError(f'per_class = {per_class}: drawings of each class, or 0 for all')
   if not 0 <= split_seed < 2**32:
     raise UserError(f'split_seed = {split_seed}: seeds are from 0 to {2**32 - 1}')
-  result = source.obtain(dataset(per_class, split_seed), data_dir, images.Rendering(size, 'L', resample))
-  return source.divide(result, _dealt(split_seed)[0] if split == 'ffl' else _lists()['meta_dataset'])
+  return source.load(dataset(split, split_seed, per_class), data_dir, images.Rendering(size, 'L', resample))
 
 
 @functools.cache
-def dataset(per_class=0, split_seed=123):
+def dataset(split='meta_dataset', split_seed=123, per_class=0):
   """What there is to know about Quick, Draw!, or about so many drawings of each class."""
   published = _published()
   drawn = () if not per_class else (_drawn(per_class),)
@@ -72,6 +71,7 @@ def dataset(per_class=0, split_seed=123):
       Remote(f'{c}.npy', (f'{_URL}{c}.npy',), sha256=sha256, size=_HEADER + count * _PIXELS)
       for c, (count, sha256) in _lists()['classes'].items()
     ),
+    splits=lambda names: _dealt(split_seed)[0] if split == 'ffl' else _lists()['meta_dataset'],
     counts={c: min(per_class or count, count) for c, count in published.items()},
     terms='CC BY 4.0 (Google)',
   )

@@ -5,7 +5,7 @@ import os
 
 from metajax.data import containers, images, source
 from metajax.datasets import folder
-from metajax.errors import UserError
+from metajax.errors import UserError, first_line
 
 
 def load(
@@ -42,21 +42,25 @@ def load(
     UserError: the data set is not there, is damaged, is not for image classification, or the splits do not fit it.
   """
   rendering = images.Rendering(size, 'L' if grey else 'RGB', resample, crop)
-  result = source.obtain(dataset(builder, grey=grey), data_dir, rendering)
-  if splits:
-    return source.divide(result, _read_splits(os.path.join(data_dir, splits), result.names))
-  return source.divide(result, folder.deal(result.names, fractions, split_seed, f'TFDS {builder}'))
+  return source.load(dataset(builder, data_dir, grey, splits, fractions, split_seed), data_dir, rendering)
 
 
-def dataset(builder, grey=False):
+def dataset(builder, data_dir, grey=False, splits='', fractions=(0.64, 0.16, 0.2), split_seed=0):
   """The data set as a source."""
-  name = 'tfds-' + builder.replace('/', '-').replace(':', '-') + '-grey' * grey
+  name = 'tfds-' + builder.replace('/', '+').replace(':', '@') + '~grey' * grey  # no two settings have one name
+
+  def divide(names):
+    if splits:
+      return _read_splits(os.path.join(data_dir, splits), names)
+    return folder.deal(names, fractions, split_seed, f'TFDS {builder}')
+
   return source.Dataset(
     name=name,
     title=f'TFDS {builder}',
     places=(),
     formats=(),
     prepared=(containers.tfds(builder, lambda record: record.label),),
+    splits=divide,
   )
 
 
@@ -65,8 +69,10 @@ def _read_splits(path, names):
     with open(path) as file:
       splits = json.load(file)
     listed = [c for split in splits.values() for c in split]
-  except (OSError, ValueError, AttributeError, TypeError) as error:
-    raise UserError(f'{path} is no JSON file of split -> class names: {error}') from error
+    if not all(isinstance(split, list) for split in splits.values()) or not all(isinstance(c, str) for c in listed):
+      raise ValueError('each split is a list of names')
+  except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+    raise UserError(f'{path} is no JSON file of split -> class names: {first_line(error)}') from error
   if unknown := splits.keys() - {'train', 'val', 'test'}:
     raise UserError(f'{path} has a split {min(unknown)!r}: they are train, val and test')
   if missing := sorted(set(listed) - set(names)):

@@ -40,8 +40,7 @@ def load(data_dir, *, size=84, resample='bilinear', crop=0.0):
     UserError: nothing is found and the download failed, or it is damaged or has classes of another data set.
   """
   rendering = images.Rendering(size, 'RGB', resample, crop)
-  splits = {split: [c for group in groups.values() for c in group['classes']] for split, groups in _lists().items()}
-  return source.divide(source.obtain(dataset(), data_dir, rendering), splits)
+  return source.load(dataset(), data_dir, rendering)
 
 
 @functools.cache
@@ -70,6 +69,7 @@ def dataset():
         md5='e07e811b9f29362d159a9edd0d838c62',
       ),
     ),
+    splits=lambda names: {s: [c for g in groups.values() for c in g['classes']] for s, groups in _lists().items()},
     counts={c: count for c, (count, _) in _classes().items()},
     superclasses={
       c: group['name'].split(',')[0]
