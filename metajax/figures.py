@@ -59,7 +59,7 @@ def contact_sheet(path, title, splits, classes=8, columns=12):
     split: np.linspace(0, len(t.names) - 1, min(classes, len(t.names))).round().astype(int)
     for split, t in splits.items()
   }
-  fig = Figure(figsize=(11, 1.2 + 0.62 * sum(map(len, rows.values()))), layout='constrained')
+  fig = Figure(figsize=(9.6, 1.2 + 0.62 * sum(map(len, rows.values()))), layout='constrained')
   fig.suptitle(title)
   heights = [len(of_split) for of_split in rows.values()]
   for ax, (split, t) in zip(
