@@ -173,10 +173,12 @@ def list_images(folder):
 
 def _visible(folder):
   """Entries of a folder, sorted by name."""
+  if not os.path.isdir(folder):
+    return []
   try:
     with os.scandir(folder) as entries:
       return sorted((entry for entry in entries if not entry.name.startswith('.')), key=lambda entry: entry.name)
-  except (FileNotFoundError, NotADirectoryError, PermissionError):
+  except (FileNotFoundError, PermissionError):  # it has just been removed, or is somebody else's
     return []
 
 

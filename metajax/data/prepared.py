@@ -220,7 +220,7 @@ def _records(examples, wanted, label):
       if example[label] >= 0:
         try:
           values = {name: _value(feature, example[name]) for name, feature in wanted.items()}
-        except ValueError as error:  # a label beyond the names, a text that is not UTF-8
+        except (IndexError, ValueError) as error:  # a label beyond the names, a text that is not UTF-8
           raise _unreadable(item, error) from error
         yield Record(split, values.pop(label), values, item)
 

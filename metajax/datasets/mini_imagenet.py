@@ -107,7 +107,7 @@ def _load_pickle(path, scratch):
   numbers = unpickle.load(path).get('catname2label')
   labels = np.asarray(labels)
   if labels.dtype.kind in 'iu' and isinstance(numbers, dict):
-    names = {number: name for name, number in numbers.items() if isinstance(number, int)}
+    names = {number: name for name, number in numbers.items() if isinstance(number, (int, np.integer))}
     if all(names.get(label) in _classes() for label in np.unique(labels).tolist()):
       labels = np.array([names[label] for label in labels.tolist()])
   return pixels, labels
