@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metajax.data import source
+from metajax.data import prepared, source
 from metajax.datasets import cub
 from metajax.errors import UserError
 
@@ -151,6 +151,14 @@ def test_mistakes_are_named(data, make, complaint):
   with pytest.raises(UserError, match=complaint) as error:
     cub.load(str(data))
   assert '\n' not in str(error.value)
+
+
+def test_tfds_file_names_without_a_class_are_passed_over(monkeypatch, tmp_path):
+  names = ['001.Black_footed_Albatross/Black_footed_Albatross_0001_796111.jpg', 'notes.jpg']
+  records = [prepared.Record('train', str(k), {'image/filename': name}, k) for k, name in enumerate(names)]
+  monkeypatch.setattr(prepared, 'read', lambda *arguments: records)
+  contents = cub.dataset().prepared[0].read(tmp_path, tmp_path)
+  assert contents.classes == {'001.Black_footed_Albatross': [0]}
 
 
 def test_unknown_split():

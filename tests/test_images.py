@@ -82,8 +82,43 @@ def test_postscript_is_not_run(tmp_path):
     (images.Rendering(0), 'size = 0'),
     (images.Rendering(5, resample='cubic'), "resample is one of nearest, .*bicubic.*not 'cubic'"),
     (images.Rendering(5, crop=1.5), 'crop = 1.5'),
+    (images.Rendering(5, crop=0.01), 'crop = 0.01: a part of the shorter side from 0.1 to 1, or 0'),
   ],
 )
 def test_renderings_that_cannot_be_are_refused(rendering, complaint):
   with pytest.raises(UserError, match=complaint):
     rendering.check()
+
+
+def test_settings_that_differ_have_tables_of_their_own():
+  crops = [0.0, 0.8746, 0.8754, 0.875, 2 / 3, 0.6667, 1.0]
+  assert len({str(images.Rendering(84, crop=crop)) for crop in crops}) == len(crops)
+  assert str(images.Rendering(84, crop=1)) == str(images.Rendering(84, crop=np.float64(1))) == '84-crop1.0'
+
+
+@pytest.mark.parametrize('shape', [(1, 60_000), (60_000, 1)])
+def test_an_image_that_would_grow_beyond_memory_is_refused(shape):
+  line = images.Row(np.zeros((1, *shape, 3), np.uint8), 0, 'x.npy')
+  with pytest.raises(UserError, match=r'does not decode \(it is .* resized by the shorter side has .*, more than 64'):
+    images.pixels(line, images.Rendering(84, crop=2 / 3))
+  assert images.pixels(line, images.Rendering(84)).shape == (84, 84, 3)
+
+
+def test_what_cannot_be_looked_at_is_passed_over(tmp_path, monkeypatch):
+  for name in ('seen', 'locked'):
+    (tmp_path / name).mkdir()
+    Image.fromarray(PIXELS).save(tmp_path / name / 'x.png')
+  for name in ('loop', 'seen/loop.png'):
+    (tmp_path / name).symlink_to(os.path.basename(name))
+  assert images.list_folders(tmp_path) == ['locked', 'seen'] and images.list_folders(tmp_path / 'loop') == []
+  assert images.list_images(tmp_path / 'seen') == [str(tmp_path / 'seen/x.png')]
+
+  scan = os.scandir
+
+  def refuse(folder):
+    if os.path.basename(folder) == 'locked':
+      raise PermissionError(13, 'Permission denied')
+    return scan(folder)
+
+  monkeypatch.setattr(os, 'scandir', refuse)
+  assert images.list_images(tmp_path / 'locked') == images.list_folders(tmp_path / 'locked') == []

@@ -314,6 +314,11 @@ def write_twice(data):
   save(data / f'test/{TEST[0]}/a.jpg', picture(TEST[0], 1))
 
 
+def write_targets(data, *targets):
+  for split in WNIDS:
+    np.savez(data / f'few-shot-{split}.npz', features=stacks(TEST), targets=np.array(targets))
+
+
 def write_tar_of_nothing(data):
   (data / 'mini-imagenet.tar.gz').write_bytes(gzip.compress(bytes(10240)))
 
@@ -342,6 +347,17 @@ def write_tar_of_nothing(data):
     ),
     (lambda data: write_cache(data, cache_of(TEST) | {'class_dict': {TEST[0]: [0, 3]}}), 'beyond its 3 images'),
     (lambda data: write_cache(data, cache_of(TEST) | {'class_dict': {}}), 'no images of mini-ImageNet'),
+    (lambda data: write_cache(data, cache_of(TEST) | {'class_dict': 5}), 'cache-test.pkl is not in the format'),
+    (lambda data: write_cache(data, cache_of(TEST) | {'class_dict': {TEST[0]: ['a']}}), 'is not in the format'),
+    (lambda data: write_cache(data, cache_of(TEST) | {'class_dict': {TEST[0]: 3}}), 'is not in the format'),
+    (lambda data: write_cache(data, cache_of(TEST) | {'class_dict': {TEST[0]: [0], 7: [1]}}), 'a name that is no text'),
+    (lambda data: write_cache(data, np.zeros(3)), 'cache-test.pkl is not in the format of its name'),
+    (
+      lambda data: write_targets(data, 'a', 'b', 'c'),
+      'few-shot-train.npz has labels other than 0 to 63, mini-ImageNet',
+    ),
+    (lambda data: write_targets(data, -1, 0, 0), 'few-shot-train.npz has labels other than 0 to 63'),
+    (lambda data: write_targets(data, 0, 0, 64), 'few-shot-train.npz has labels other than 0 to 63'),  # of FC100
     (lambda data: (data / 'mini-imagenet-cache-val.pkl').write_bytes(b'\x80\x02}'), 'cache-val.pkl is damaged'),
     (write_cut_archive, r'mini-imagenet.tar.gz is damaged'),
     (write_tar_of_nothing, r'mini-imagenet.tar.gz holds nothing'),

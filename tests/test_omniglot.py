@@ -212,6 +212,15 @@ def test_every_format(tmp_path, write, caplog):
   assert '1620 of 1623 classes are missing' in caplog.text
 
 
+def test_other_folders_beside_the_alphabets_are_not_searched(tmp_path, monkeypatch):
+  write_images(tmp_path, '{name}')
+  (tmp_path / 'photographs/2019').mkdir(parents=True)
+  searched, scan = [], os.scandir
+  monkeypatch.setattr(os, 'scandir', lambda folder: searched.append(str(folder)) or scan(folder))
+  assert omniglot.load(str(tmp_path), split='lake', size=3, rotations=())['test'].names == (PART[965],)
+  assert str(tmp_path / 'Angelic') in searched and str(tmp_path / 'photographs') not in searched
+
+
 def copy(archives, tmp_path, **change):
   """Both archives, with that of the evaluation half changed."""
   shutil.copy(archives / 'images_background.zip', tmp_path)

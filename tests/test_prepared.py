@@ -400,6 +400,56 @@ def test_what_is_no_image_is_left_to_pillow(tmp_path):
     record.item.open()
 
 
+def test_postscript_is_not_run(tmp_path):
+  features = tfds.features.FeaturesDict(
+    {'image': tfds.features.Image(), 'label': tfds.features.ClassLabel(num_classes=2)}
+  )
+  eps = io.BytesIO(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n')
+  (record,) = prepared.read('odd', build(tmp_path, 'odd', features, {'train': [{'image': eps, 'label': 0}]}))
+  with pytest.raises(UnidentifiedImageError):
+    record.item.open()
+
+
+NESTED = json.dumps({'x': {'type': 'strange_code.Feature', 'content': {}}})
+
+
+@pytest.mark.parametrize(
+  'feature',
+  [
+    {'pythonClassName': 'strange_code.Feature', 'jsonFeature': {'json': '{}'}},
+    {'python_class_name': 'strange_code.Feature', 'jsonFeature': {'json': '{}'}},
+    {
+      'pythonClassName': 'tensorflow_datasets.core.features.features_dict.FeaturesDict',
+      'jsonFeature': {'json': NESTED},
+    },
+  ],
+)
+def test_code_of_strangers_is_not_run(copy, feature, tmp_path, monkeypatch):
+  (tmp_path / 'strange_code.py').write_text(f"open({str(tmp_path / 'was run')!r}, 'w')")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  description = json.loads((copy / 'features.json').read_text())
+  description['featuresDict']['features']['extra'] = feature
+  (copy / 'features.json').write_text(json.dumps(description))
+  with pytest.raises(UserError, match=r'3.0.0 is not read: it asks for code, strange_code.Feature, which is not of'):
+    prepared.read('omniglot', copy)
+  assert not (tmp_path / 'was run').exists()
+
+
+def test_texts_and_labels_that_cannot_be_are_named(tmp_path):
+  features = tfds.features.FeaturesDict(
+    {'image': tfds.features.Image(), 'label': tfds.features.ClassLabel(num_classes=2), 'text': tfds.features.Text()}
+  )
+  example = {'image': png(stamped((4, 4), 1)), 'label': 1, 'text': b'\xff'}
+  folder = build(tmp_path, 'texts', features, {'train': [example]})
+  with pytest.raises(UserError, match=r'example 0 of split train of TFDS texts in .* cannot be read \(.*utf-8'):
+    list(prepared.read('texts', folder, ['text']))
+  (folder / 'label.labels.txt').write_text('only\n')
+  description = (folder / 'features.json').read_text()
+  (folder / 'features.json').write_text(description.replace('"numClasses": "2"', '"numClasses": "1"'))
+  with pytest.raises(UserError, match=r'example 0 of split train of TFDS texts in .* cannot be read'):
+    list(prepared.read('texts', folder))
+
+
 def test_unknown_feature_is_named(cifar_folder):
   with pytest.raises(UserError, match=r'has no feature alphabet; it has coarse_label, id, image, label'):
     prepared.read('cifar100', cifar_folder, ['id', 'alphabet'])

@@ -272,12 +272,31 @@ def write_damaged_hdf5(data):
 def write_strange_hdf5(data):
   for split in CLASSES:
     with h5py.File(data / f'{split}_data.hdf5', 'w') as file:
-      file.create_dataset(f'datasets/house cat of {split}', (1,), dtype=h5py.special_dtype(vlen=np.uint8))
+      files = file.create_dataset(f'datasets/house cat of {split}', (1,), dtype=h5py.special_dtype(vlen=np.uint8))
+      files[0] = encoded(picture(STRANGE, 0))
 
 
 def write_no_zip(data):
   write_arrays(data, 'test', True, {'labels': [0] * 3})
   (data / 'test_images.npz').write_text('<html>')
+
+
+def write_shifted_synsets(data):
+  """One line more at the front moves all classes."""
+  write_pickles(data)
+  path = data / 'synsets.txt'
+  path.write_text(f'{CLASSES["test"][0]}\n{path.read_text()}')
+
+
+def write_swapped_synsets(data):
+  write_pickles(data)
+  path, swap = data / 'synsets.txt', {CLASSES['train'][0]: CLASSES['test'][0], CLASSES['test'][0]: CLASSES['train'][0]}
+  path.write_text(''.join(swap.get(wnid, wnid) + '\n' for wnid in path.read_text().split()))
+
+
+def write_garbled_npy(data):
+  header = b"{'descr': '|u1', 'shape': (1, '''"  # with a quote that does not end
+  (data / 'test_images.npy').write_bytes(b'\x93NUMPY\x01\x00' + len(header).to_bytes(2, 'little') + header)
 
 
 def write_cut_npy(data):
@@ -291,6 +310,10 @@ def write_cut_npy(data):
     (damage('val_labels.pkl', lambda c: c | {'label_specific': [0]}), r'val_images_png.pkl has 3 images, but labels'),
     (damage('val_labels.pkl', lambda c: c | {'label_specific': [0, 7, 0]}), r'val_labels.pkl has images of class 7'),
     (damage('val_labels.pkl', lambda c: c | {'label_specific_str': ['cat']}), r"'cat', which is not in .*names.txt"),
+    (damage('val_labels.pkl', lambda c: c | {'label_specific_str': 5}), r'val_labels.pkl is not in the format'),
+    (damage('val_labels.pkl', lambda c: c | {'label_specific_str': [b'\xff']}), r'has class .*, which is not in'),
+    (damage('val_labels.pkl', lambda c: c | {'label_specific': [0, 'a', None]}), r'label_specific object, not int'),
+    (damage('val_labels.pkl', lambda c: np.zeros(3)), r'val_labels.pkl is not in the format of its name'),
     (damage('val_labels.pkl', lambda c: [1]), r'val_labels.pkl is not in the format of its name'),
     (damage('val_images_png.pkl', lambda c: {}), r'val_images_png.pkl holds no list of PNG files'),
     (damage('val_images_png.pkl', lambda c: [*c[:2], c[2][:99]]), r'image 2 of .*val_images_png.pkl does not decode'),
@@ -298,12 +321,15 @@ def write_cut_npy(data):
     (damage('test_labels.pkl', lambda c: labels('val')), r'class n\d+ is in two of .*val_images'),
     (cut('train_images_png.pkl'), r'train_images_png.pkl is damaged or not a pickle'),
     (cut('train_labels.pkl'), r'train_labels.pkl is damaged or not a pickle'),
+    (write_shifted_synsets, r'class_names.txt has 608 lines and .*synsets.txt 609'),
+    (write_swapped_synsets, rf'synsets.txt has {CLASSES["test"][0]} for .*, which is {CLASSES["train"][0]}'),
     (without('synsets.txt'), r'synsets.txt is missing'),
     (without('test_labels.pkl'), r'test_labels.pkl is missing'),
     (write_damaged_hdf5, r'train_data.hdf5 is damaged or not HDF5'),
     (write_strange_hdf5, r'class house cat of test, which is not in tiered-ImageNet'),
     (write_no_zip, r'test_images.npz is damaged or no archive'),
     (write_cut_npy, r'test_images.npy is damaged'),
+    (write_garbled_npy, r'test_images.npy is damaged'),
     (lambda data: save(data / f'train/{STRANGE}/a.jpg', picture(STRANGE, 0)), f'class {STRANGE}, which is not in'),
     (lambda data: (data / 'tiered-imagenet.tar').write_text('<html>'), r'tiered-imagenet.tar is damaged'),
   ],

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 import os
 import threading
 
@@ -9,7 +10,10 @@ import numpy as np
 
 from metajax.data import archive, images, prepared, unpickle
 from metajax.data.source import SPLITS, Contents, Format, Prepared, braces
-from metajax.errors import UserError
+from metajax.errors import UserError, first_line
+
+_MAX_CLASS = 1 << 30  # bytes of a class in an HDF5 file, which is read as a whole
+_BLOCK = 16  # files of unknown size that are read together
 
 
 def class_folders(known, inside=('',), suffix=''):
@@ -82,29 +86,62 @@ def hdf5(names, known):
       if isinstance(dataset, h5py.Dataset) and (name := known(key)):
         if name in classes:
           faults.append(f'class {name} is in two of {", ".join(paths)}: replace one')
-        kind = images.Encoded if dataset.ndim == 1 else images.Row
-        rows, where = _Rows(path, key, len(dataset)), f'{key} in {path}'
-        classes[name] = [kind(rows, k, where) for k in range(len(dataset))]
+        _check(path, key, dataset)
+        classes[name] = _Items(path, key, dataset.shape)
 
     for path in paths:
       try:
         with h5py.File(path) as file:
-          file.visititems(functools.partial(add, path))
-      except (OSError, RuntimeError) as error:
-        raise UserError(f'{path} is damaged or not HDF5 ({error}): replace it') from error
+          file.visititems(functools.partial(add, path))  # not into other files that it links to
+      except UserError:
+        raise
+      except Exception as error:  # whatever HDF5 finds wrong, and h5py cannot translate
+        raise UserError(f'{path} is damaged or not HDF5 ({first_line(error)}): replace it') from error
     return Contents(classes, faults=tuple(faults))
 
   return Format(braces(list(names)), find, read)
 
 
-class _Rows:
-  """An array in an HDF5 file, opened when it is first asked for a row: the file is not held open in between."""
+def _check(path, key, dataset):
+  """Refuses an array of an HDF5 file that is not of images, lies in other files, or is larger than what is there."""
+  import h5py
 
-  def __init__(self, path, key, length):
-    self._place, self._length = (path, key, os.stat(path).st_mtime_ns), length
+  files = dataset.ndim == 1 and h5py.check_vlen_dtype(dataset.dtype) == np.uint8
+  if dataset.is_virtual or dataset.external:
+    fault = 'lies in other files'
+  elif not files and (dataset.ndim not in (3, 4) or dataset.dtype.hasobject):
+    fault = f'is {dataset.dtype} {dataset.shape}, neither images nor files'
+  elif dataset.nbytes > _MAX_CLASS:
+    fault = f'has {dataset.nbytes / 1e9:.1f} GB, more than a class may'
+  elif dataset.chunks:
+    chunks = math.prod(-(-side // part) for side, part in zip(dataset.shape, dataset.chunks, strict=True))
+    fault = dataset.id.get_num_chunks() < chunks and 'is cut short'
+  else:
+    size = dataset.size * dataset.id.get_type().get_size()
+    fault = dataset.id.get_storage_size() < size and 'is cut short'
+  if fault:
+    raise UserError(f'{path} is not read: {key} {fault}; replace it')
+
+
+class _Items(collections.abc.Sequence):
+  """The images of an array in an HDF5 file, each made when it is asked for."""
+
+  def __init__(self, path, key, shape):
+    self._rows, self._length, self._where = _Rows(path, key), shape[0], f'{key} in {path}'
+    self._kind = images.Encoded if len(shape) == 1 else images.Row
 
   def __len__(self):
     return self._length
+
+  def __getitem__(self, index):
+    return self._kind(self._rows, range(self._length)[index], self._where)
+
+
+class _Rows:
+  """An array in an HDF5 file, opened when it is first asked for a row: the file is not held open in between."""
+
+  def __init__(self, path, key):
+    self._place = path, key, os.stat(path).st_mtime_ns
 
   def __getitem__(self, index):
     with _reading:
@@ -121,7 +158,16 @@ def _array(path, key, changed):
   import h5py
 
   with h5py.File(path) as file:
-    return file[key][()]
+    dataset = file[key]
+    if dataset.ndim > 1:
+      return dataset[()]
+    files, size, most = [], 0, os.path.getsize(path)
+    for start in range(0, len(dataset), _BLOCK):
+      files += list(dataset[start : start + _BLOCK])
+      size += sum(map(len, files[start:]))
+      if size > most:  # all of them refer to the same bytes
+        raise ValueError(f'{key} has more bytes than the file')
+    return files
 
 
 def labelled(names, load, known=lambda split, label: label if isinstance(label, str) else None):
@@ -221,10 +267,15 @@ def npz(path, scratch):
   folder = scratch / os.path.basename(path).removesuffix('.npz')
   if not folder.exists():
     archive.unpack([path], folder)
+  return {file.stem: npy(file, path) for file in folder.glob('*.npy')}
+
+
+def npy(file, path=None):
+  """An array in a file, mapped into memory; in an error it is called `path`, if it was unpacked from there."""
   try:
-    return {file.stem: np.load(file, mmap_mode='r') for file in folder.glob('*.npy')}
-  except (OSError, ValueError) as error:
-    raise UserError(f'{path} is damaged ({error}): replace it') from error
+    return np.lib.format.open_memmap(file, mode='r')
+  except Exception as error:  # a header is an expression in Python, and raises whatever reading one does
+    raise UserError(f'{path or file} is damaged ({first_line(error)}): replace it') from error
 
 
 def entries(path, content, **kinds):
@@ -244,5 +295,5 @@ def entries(path, content, **kinds):
       if np.ndim(array) != ndim or (ndim == 4 and (array.dtype != np.uint8 or array.shape[3] != 3)):
         raise ValueError(f'{key} is {array.dtype} {array.shape}')
     return arrays
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
+  except (AttributeError, LookupError, TypeError, ValueError) as error:
     raise UserError(f'{path} is not in the format of its name ({error!r}): replace it') from error

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from metajax.errors import UserError
 
 _MAX_PIXELS = 1 << 26  # of an image: 64 million are 200 MB in memory for each core, and nobody's photograph
+_MIN_CROP = 0.1  # below, the image of which the square is cut would be too large
 
 
 class File(NamedTuple):
@@ -21,7 +22,7 @@ class File(NamedTuple):
   path: str
 
   def open(self):
-    return Image.open(self.path, formats=_formats())
+    return Image.open(self.path, formats=formats())
 
   def __str__(self):
     return self.path
@@ -50,7 +51,7 @@ class Encoded(NamedTuple):
   where: str
 
   def open(self):
-    return Image.open(io.BytesIO(np.asarray(self.files[self.index]).tobytes()), formats=_formats())
+    return Image.open(io.BytesIO(np.asarray(self.files[self.index]).tobytes()), formats=formats())
 
   def __str__(self):
     return f'image {self.index} of {self.where}'
@@ -62,7 +63,7 @@ class Rendering(NamedTuple):
   size: int  # side in pixels
   mode: str = 'RGB'  # or 'L', for one channel
   resample: str = 'bilinear'  # one of Pillow's filters; all but 'nearest' are antialiased
-  crop: float = 0.0  # 0 squashes the whole image; else the central square, of this part of the shorter side
+  crop: float = 0.0  # 0 squashes the whole image; else the central square, this part (0.1 to 1) of the shorter side
 
   @property
   def shape(self):
@@ -75,13 +76,13 @@ class Rendering(NamedTuple):
     if self.resample.upper() not in Image.Resampling.__members__:
       known = ', '.join(name.lower() for name in Image.Resampling.__members__)
       raise UserError(f'resample is one of {known}, not {self.resample!r}')
-    if not 0 <= self.crop <= 1:
-      raise UserError(f'crop = {self.crop}: a part of the shorter side from 0 to 1')
+    if self.crop != 0 and not _MIN_CROP <= self.crop <= 1:
+      raise UserError(f'crop = {self.crop}: a part of the shorter side from {_MIN_CROP} to 1, or 0 for the whole image')
 
   def __str__(self):
     """As part of a table's name."""
     filtered = f'-{self.resample}' * (self.resample != 'bilinear')
-    return f'{self.size}{filtered}' + (f'-crop{self.crop:.3g}' if self.crop else '')
+    return f'{self.size}{filtered}' + (f'-crop{float(self.crop)!r}' if self.crop else '')
 
 
 def open_item(item):
@@ -97,8 +98,7 @@ def open_item(item):
     UserError: it does not decode.
   """
   with _named(item), item.open() as image:
-    if image.width * image.height > _MAX_PIXELS:
-      raise ValueError(f'it has {image.width} x {image.height} pixels, more than {_MAX_PIXELS >> 20} million')
+    _check_pixels(*image.size, 'it has')
     image.load()
     return image
 
@@ -124,9 +124,15 @@ def pixels(item, rendering, transform=None):
     if rendering.crop:  # resized by the shorter side, then the middle of it, as torchvision's Resize and CenterCrop
       short, shorter = round(size / rendering.crop), min(image.size)
       width, height = (short * side // shorter for side in image.size)
+      _check_pixels(width, height, f'it is {image.width} x {image.height}, and resized by the shorter side has')
       left, top = round((width - size) / 2), round((height - size) / 2)
       image = image.resize((width, height), resample).crop((left, top, left + size, top + size))
     return np.asarray(image.resize((size, size), resample)).reshape(rendering.shape)
+
+
+def _check_pixels(width, height, what):
+  if width * height > _MAX_PIXELS:
+    raise ValueError(f'{what} {width} x {height} pixels, more than {_MAX_PIXELS >> 20} million')
 
 
 @contextlib.contextmanager
@@ -152,34 +158,45 @@ def to_mode(image, mode):
 
 
 def list_folders(folder):
-  """Names of the visible folders in a folder, sorted; none where there is no folder."""
-  if not os.path.isdir(folder):
-    return []
-  with os.scandir(folder) as entries:
-    return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
+  """Names of the visible folders in a folder, sorted; none where there is no folder, or none that may be read."""
+  return [entry.name for entry in _visible(folder) if _is(entry.is_dir)]
 
 
 def list_images(folder):
-  """Paths of the visible files in a folder that have the extension of an image format, sorted by name."""
+  """Paths of the visible files in a folder that have the extension of an image format, sorted by name; likewise."""
+  return [
+    entry.path
+    for entry in _visible(folder)
+    if pathlib.PurePath(entry.name).suffix.lower() in _extensions() and _is(entry.is_file)
+  ]
+
+
+def _visible(folder):
+  """Entries of a folder, sorted by name."""
   if not os.path.isdir(folder):
     return []
-  with os.scandir(folder) as entries:
-    return sorted(
-      entry.path
-      for entry in entries
-      if not entry.name.startswith('.')
-      and pathlib.PurePath(entry.name).suffix.lower() in _extensions()
-      and entry.is_file()
-    )
+  try:
+    with os.scandir(folder) as entries:
+      return sorted((entry for entry in entries if not entry.name.startswith('.')), key=lambda entry: entry.name)
+  except (FileNotFoundError, PermissionError):  # it has just been removed, or is somebody else's
+    return []
+
+
+def _is(test):
+  """What `DirEntry.is_dir` or `is_file` says; no where it cannot be known, as of a link to itself."""
+  try:
+    return test()
+  except OSError:
+    return False
 
 
 @functools.cache
-def _formats():
-  """What Pillow reads by itself: for EPS it would run Ghostscript on a stranger's program."""
+def formats():
+  """Names of the formats that Pillow reads by itself: for EPS it would run Ghostscript on a stranger's program."""
   Image.init()
   return tuple(name for name in Image.OPEN if name != 'EPS')
 
 
 @functools.cache
 def _extensions():
-  return {extension for extension, name in Image.registered_extensions().items() if name in _formats()}
+  return {extension for extension, name in Image.registered_extensions().items() if name in formats()}

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import json
 import os
 import pathlib
 import re
@@ -17,11 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from metajax.data import images
 from metajax.data.table import locked
 from metajax.errors import UserError, first_line
 
 _BUILDER = re.compile(r'(\w+)(?:/([^/:]+))?(?::(\d+\.\d+\.\d+))?')  # name, config, version
 _VERSION = re.compile(r'\d+\.\d+\.\d+')
+_CLASS_KEYS = 'pythonClassName', 'python_class_name', 'type'  # the last is of older versions of TFDS
 _SPARE_FILES = 256  # that the rest of the process may have open besides a data set's
 
 
@@ -47,7 +50,7 @@ class Item(NamedTuple):
     except Exception as error:  # array_record's are RuntimeErrors
       raise _unreadable(self, error) from error
     if isinstance(content, bytes):
-      return Image.open(io.BytesIO(content))
+      return Image.open(io.BytesIO(content), formats=images.formats())
     return Image.fromarray(content[..., 0] if content.shape[2] == 1 else content)
 
 
@@ -103,14 +106,20 @@ def read(builder, folder, extra=()):
 
   Raises:
     UserError: the files are damaged or not all there (while iterating, too), are neither ArrayRecord, Parquet nor
-      TFRecord files, have no image or no label or several of which none stands out, or lack a feature of `extra`.
+      TFRecord files, have no image or no label or several of which none stands out, lack a feature of `extra`, or
+      need code that is not TFDS's own.
   """
   import tensorflow_datasets as tfds  # only here, to keep looking for a data set quick
 
   where = f'TFDS {builder} in {folder}'
   try:
+    names = list(_class_names((pathlib.Path(folder) / 'features.json').read_text('utf-8')))
+    if strange := [name for name in names if not name.startswith('tensorflow_datasets.')]:
+      raise UserError(f'{where} is not read: it asks for code, {strange[0]}, which is not of TFDS; do not trust it')
     prepared = tfds.builder_from_directory(folder)
     features, splits = prepared.info.features, prepared.info.splits.values()
+  except UserError:
+    raise
   except Exception as error:  # from OSError to those of JSON
     raise _unreadable(where, error) from error
   image, label = _choose_features(prepared.info, where)
@@ -143,6 +152,21 @@ def read(builder, folder, extra=()):
     split: _by_number(place, sources[split], parse, functools.partial(load, split)) for split, place in places.items()
   }
   return _records(examples, wanted, label)
+
+
+def _class_names(description):
+  """Names of Python classes in what features.json says, which TFDS would import. Strings may be JSON themselves."""
+  if isinstance(description, str):
+    with contextlib.suppress(ValueError):
+      yield from _class_names(json.loads(description))
+  elif isinstance(description, list):
+    for value in description:
+      yield from _class_names(value)
+  elif isinstance(description, dict):
+    for key, value in description.items():
+      if key in _CLASS_KEYS and isinstance(value, str):
+        yield value
+      yield from _class_names(value)
 
 
 class _TfRecords:
@@ -194,7 +218,10 @@ def _records(examples, wanted, label):
   for split, of_split in examples.items():
     for example, item in of_split:
       if example[label] >= 0:
-        values = {name: _value(feature, example[name]) for name, feature in wanted.items()}
+        try:
+          values = {name: _value(feature, example[name]) for name, feature in wanted.items()}
+        except (IndexError, ValueError) as error:  # a label beyond the names, a text that is not UTF-8
+          raise _unreadable(item, error) from error
         yield Record(split, values.pop(label), values, item)
 
 

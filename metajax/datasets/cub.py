@@ -57,7 +57,9 @@ def dataset(split='closer_look'):
     ),
     archives=(('CUB_200_2011.tgz',),),
     prepared=(
-      containers.tfds('caltech_birds2011', lambda r: _CLASS.search(r.extra['image/filename'])[0], ['image/filename']),
+      containers.tfds(
+        'caltech_birds2011', lambda r: next(iter(_CLASS.findall(r.extra['image/filename'])), None), ['image/filename']
+      ),
     ),
     downloads=(
       Remote(

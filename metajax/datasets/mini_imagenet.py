@@ -5,6 +5,7 @@ import collections
 import functools
 import itertools
 import json
+import operator
 import os
 import pathlib
 import re
@@ -61,11 +62,7 @@ def dataset():
         },
         _load_pickle,
       ),
-      containers.labelled(
-        {f'few-shot-{split}.npz': split for split in _lists()},
-        _load_npz,
-        lambda split, label: sorted(_lists()[split])[label] if label < len(_lists()[split]) else None,
-      ),
+      containers.labelled({f'few-shot-{split}.npz': split for split in _lists()}, _load_npz),
       source.Format(_FOLDERS.files, _FOLDERS.find, _read_folders),
       source.Format('images named <wnid>%08d.jpg', _find_flat, _read_flat),
     ),
@@ -109,17 +106,25 @@ def _load_pickle(path, scratch):
   """Gidaris and Komodakis's pickles number the classes; some copies also have the names, as `catname2label`."""
   pixels, labels = containers.load_pickle(path, scratch)
   numbers = unpickle.load(path).get('catname2label')
-  names = {number: name for name, number in numbers.items()} if isinstance(numbers, dict) else {}
-  if all(str(names.get(label)) in _classes() for label in labels):
-    labels = np.array([names[label] for label in labels])
+  labels = np.asarray(labels)
+  if labels.dtype.kind in 'iu' and isinstance(numbers, dict):
+    names = {number: name for name, number in numbers.items() if isinstance(number, (int, np.integer))}
+    if all(names.get(label) in _classes() for label in np.unique(labels).tolist()):
+      labels = np.array([names[label] for label in labels.tolist()])
   return pixels, labels
 
 
 def _load_npz(path, scratch):
+  """TADAM numbers the classes of a split in the order of their names."""
   pixels, labels = containers.load_npz(path, scratch)
   if pixels.shape[1] <= 32:  # TADAM's files of CIFAR-100 have the same names
     raise UserError(f'{path} has images of {pixels.shape[1]} pixels: it is of FC100, move it elsewhere')
-  return pixels, labels
+  names = sorted(_lists()[os.path.basename(path).removeprefix('few-shot-').removesuffix('.npz')])
+  if labels.dtype.kind not in 'iu' or not np.isin(labels, range(len(names))).all():
+    raise UserError(
+      f"{path} has labels other than 0 to {len(names) - 1}, mini-ImageNet's: if it is of FC100, move it elsewhere"
+    )
+  return pixels, np.array(names)[labels]
 
 
 def _find_caches(folder):
@@ -133,13 +138,23 @@ def _read_caches(paths, scratch):
   classes, faults = {}, []
   for path in paths:
     pixels, members = containers.entries(path, unpickle.load(path), image_data=4, class_dict=0)
-    for c, rows in members.items():
+    for c, rows in _members(path, members).items():
       if c in classes:
         faults.append(f'class {c} is in two of {", ".join(paths)}: replace one')
       if len(rows) and not 0 <= min(rows) <= max(rows) < len(pixels):
         raise UserError(f'{path} has rows of class {c} beyond its {len(pixels)} images: replace it')
       classes[c] = [images.Row(pixels, row, path) for row in rows]
   return source.Contents(classes, faults=tuple(faults))
+
+
+def _members(path, members):
+  """Class name -> row numbers, as a file should have it."""
+  try:
+    if not all(isinstance(c, str) for c in members):
+      raise TypeError('class_dict has a name that is no text')
+    return {c: [operator.index(row) for row in rows] for c, rows in members.items()}
+  except (AttributeError, TypeError) as error:
+    raise UserError(f'{path} is not in the format of its name ({error!r}): replace it') from error
 
 
 def _read_folders(paths, scratch):

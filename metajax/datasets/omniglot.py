@@ -101,18 +101,19 @@ def _folders(*tops):
   """Images in `<top>/<alphabet>/<character>/`, of all the tops."""
 
   def find(folder):
-    bases = [os.path.join(folder, top) for top in tops]
+    def alphabets(top):  # without a folder of their own, they lie among all that the data folder has
+      return images.list_folders(os.path.join(folder, top)) if top else sorted(_lists()['alphabets'])
+
     found = [
-      [f'{a}/{c}' for a in images.list_folders(base) for c in images.list_folders(os.path.join(base, a))]
-      for base in bases
+      [f'{a}/{c}' for a in alphabets(top) for c in images.list_folders(os.path.join(folder, top, a))] for top in tops
     ]
     if not all(_characters().keys() & set(names) for names in found):
       return []
     return [
       path
-      for base, names in zip(bases, found, strict=True)
+      for top, names in zip(tops, found, strict=True)
       for c in names
-      for path in images.list_images(os.path.join(base, c))
+      for path in images.list_images(os.path.join(folder, top, c))
     ]
 
   def read(paths, scratch):

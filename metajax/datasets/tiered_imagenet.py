@@ -1,5 +1,6 @@
 """tiered-ImageNet (Ren et al. 2018): 608 ILSVRC classes of 732 to 1300 images, split by 34 superclasses."""
 
+import collections
 import functools
 import json
 import os
@@ -153,11 +154,7 @@ def _load_encoded(path, scratch):
 
 def _load_npy(path, scratch):
   del scratch
-  try:
-    content = np.load(path, mmap_mode='r')
-  except (OSError, ValueError, EOFError) as error:
-    raise UserError(f'{path} is damaged ({error}): replace it') from error
-  return containers.entries(path, {'images': content}, images=4)[0]
+  return containers.entries(path, {'images': containers.npy(path)}, images=4)[0]
 
 
 def _load_npz(path, scratch):
@@ -171,19 +168,37 @@ def _labels(path, names, synsets):
   if isinstance(content, dict) and 'label_specific_str' not in content:
     return containers.entries(path, content, labels=1)[0]
   (numbers,) = containers.entries(path, content, label_specific=1)
+  numbers = np.asarray(numbers)
+  if numbers.dtype.kind not in 'iu':
+    raise UserError(f'{path} has label_specific {numbers.dtype}, not integers: replace it')
   words = content['label_specific_str']  # by number, in a sequence or a dict
-  words = words if isinstance(words, dict) else dict(enumerate(words))
-  wnids = dict(zip(_read(_lines, names), _read(_lines, synsets), strict=False))
+  if not isinstance(words, dict):
+    words = dict(enumerate(containers.entries(path, content, label_specific_str=1)[0]))
+  wnids = _wnids(names, synsets)
   present, inverse = np.unique(numbers, return_inverse=True)
   classes = []
   for number in present.tolist():
     if number not in words:
       raise UserError(f'{path} has images of class {number}, but no name of it in label_specific_str: replace it')
-    name = words[number].decode() if isinstance(words[number], bytes) else str(words[number])
+    name = words[number].decode('utf-8', 'replace') if isinstance(words[number], bytes) else str(words[number])
     if name not in wnids:
       raise UserError(f'{path} has class {name!r}, which is not in {names}: replace one of the two')
-    classes.append(wnids[name])
+    wnid = _by_name().get(name, wnids[name][0])
+    if wnid not in wnids[name]:
+      raise UserError(f'{synsets} has {wnids[name][0]} for {name!r}, which is {wnid}: replace it and {names}')
+    classes.append(wnid)
   return np.array(classes)[inverse]
+
+
+def _wnids(names, synsets):
+  """Name -> the wnids beside it in two parallel lists: ILSVRC has some names twice."""
+  lines = _read(_lines, names), _read(_lines, synsets)
+  if len(lines[0]) != len(lines[1]):
+    raise UserError(f'{names} has {len(lines[0])} lines and {synsets} {len(lines[1])}: replace them')
+  wnids = collections.defaultdict(list)
+  for name, wnid in zip(*lines, strict=True):
+    wnids[name].append(wnid)
+  return wnids
 
 
 def _read(read, path):
@@ -194,4 +209,4 @@ def _read(read, path):
 
 
 def _lines(path):
-  return pathlib.Path(path).read_text('utf-8', 'replace').splitlines()
+  return pathlib.Path(path).read_text('utf-8', 'replace').rstrip().splitlines()
