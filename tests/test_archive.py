@@ -1,8 +1,12 @@
 import bz2
+import errno
 import gzip
 import io
 import os
+import re
 import stat
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 import zipfile
@@ -103,9 +107,9 @@ LINK = dict(type=tarfile.SYMTYPE, linkname='/etc')
   ],
 )
 def test_nothing_is_written_elsewhere(tmp_path, content, complaint):
-  with pytest.raises(UserError, match=complaint) as error:
+  with pytest.raises(UserError, match=rf'^{tmp_path}/x is not unpacked: .*{complaint}') as error:
     unpack(tmp_path, content)
-  assert str(tmp_path / 'x') in str(error.value) and '\n' not in str(error.value)
+  assert '\n' not in str(error.value)
   assert sorted(os.listdir(tmp_path)) == ['x'] and not (tmp_path.parent / 'evil').exists()
 
 
@@ -131,9 +135,81 @@ def flipped(content, position):
   ],
 )
 def test_damage_is_named(tmp_path, content):
-  with pytest.raises(UserError, match=r'/x is damaged or no archive .*: replace it'):
+  with pytest.raises(UserError, match=rf'^{tmp_path}/x is damaged or no archive .*: replace it$'):
     unpack(tmp_path, content)
   assert sorted(os.listdir(tmp_path)) == ['x']
+
+
+def test_an_empty_archive_is_called_one(tmp_path):
+  with pytest.raises(UserError, match=r'/x is damaged or no archive \(it is empty\): replace it'):
+    unpack(tmp_path, b'')
+
+
+@pytest.mark.parametrize(
+  ('content', 'complaint'),
+  [
+    (zip_of({'b': b'1', 'b/c': b'2'}), "exists: 'b/c'"),
+    (zip_of({'b': b'1', 'b/c/d': b'2'}), "ot a directory: 'b/c/d'"),
+    (tar_of('', {'b/c': b'1', 'b': b'2'}), "s a directory: 'b'"),
+    (tar_of('', {'.': b'1'}), "s a directory: '.'"),
+    (tar_of('', {'b' * 300: b'1'}), "too long: 'bbb"),
+    (tar_of('', {'b': dict(pax_headers={'path': 'b\0c'})}), 'null byte'),
+  ],
+)
+def test_names_that_no_disk_takes_are_damage(tmp_path, content, complaint):
+  with pytest.raises(UserError, match=rf'^{tmp_path}/x is damaged or no archive \(.*{complaint}') as error:
+    unpack(tmp_path, content)
+  assert '\n' not in str(error.value) and sorted(os.listdir(tmp_path)) == ['x']
+
+
+def test_other_errors_of_the_disk_are_not_the_archives(tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(archive.shutil, 'copyfileobj', full)
+  with pytest.raises(OSError, match='No space left'):
+    unpack(tmp_path, zip_of())
+
+
+def test_an_archive_that_cannot_be_opened_is_named(tmp_path):
+  with pytest.raises(UserError, match=rf'^cannot read {tmp_path}: Is a directory; make it readable$'):
+    archive.unpack([tmp_path], tmp_path / 'out')
+
+
+def test_an_archive_that_cannot_be_read_is_named(tmp_path):
+  """A file of Linux that opens, and whose first byte no one may read."""
+  path = '/proc/self/mem'
+  if not os.path.exists(path):
+    pytest.skip(f'no {path} on this system')
+  with pytest.raises(UserError, match=rf'^cannot read {path}: .*; make it readable$'):
+    archive.unpack([path], tmp_path / 'out')
+
+
+def with_size(size):
+  """The header of a file of that size, as its bytes in base 256."""
+  header = bytearray(tarfile.TarInfo('b').tobuf(tarfile.GNU_FORMAT))
+  header[124:136] = (size % 256**12).to_bytes(12, 'big')
+  header[148:156] = b' ' * 8
+  header[148:156] = b'%06o\0 ' % sum(header)
+  return bytes(header)
+
+
+@pytest.mark.parametrize(
+  'content',
+  [
+    tar_of('', {'b': dict(pax_headers={'size': '-1536'})}),
+    tar_of('', {})[:512] + with_size(-512) + bytes(1024),
+  ],
+)
+def test_a_negative_size_does_not_lead_back(tmp_path, content):
+  """In a Python of its own, which would never end."""
+  (tmp_path / 'x').write_bytes(content)
+  script = (
+    'import pathlib, sys; from metajax.data import archive; archive.unpack(sys.argv[1:2], pathlib.Path(sys.argv[2]))'
+  )
+  command = [sys.executable, '-c', script, tmp_path / 'x', tmp_path / 'out']
+  result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+  assert re.search(r'UserError: .*/x is damaged or no archive \(a size of -\d+ bytes\)', result.stderr), result.stderr
 
 
 def test_a_web_page_is_called_one(tmp_path):
@@ -169,7 +245,9 @@ def test_what_does_not_fit_is_not_begun(tmp_path):
   info = tarfile.TarInfo('big')
   info.size = 1 << 43
   content = gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20))
-  with pytest.raises(UserError, match=r"'big' of 8796.1 GB does not fit on the disk .*METAJAX_CACHE"):
+  with pytest.raises(
+    UserError, match=rf"^{tmp_path}/x is not unpacked: 'big' of 8796.1 GB does not fit on the disk .*METAJAX_CACHE"
+  ):
     unpack(tmp_path, content)
   assert sorted(os.listdir(tmp_path)) == ['x']
 

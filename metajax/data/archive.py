@@ -1,5 +1,8 @@
 """Unpacking archives that strangers made."""
 
+import contextlib
+import errno
+import io
 import lzma
 import os
 import pathlib
@@ -24,6 +27,7 @@ _DAMAGE = (
   RuntimeError,  # a password
   ValueError,
 )
+_NAME_ERRORS = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)  # of a file's name, not of the disk
 
 
 def unpack(paths, folder):
@@ -37,16 +41,19 @@ def unpack(paths, folder):
 
   Raises:
     UserError: an archive is damaged, or has a link, a device, a name that leads out of the folder, or more than the
-      disk can take.
+      disk can take, or cannot be read.
+    OSError: the disk cannot be written to.
   """
   partial = folder.with_name(folder.name + '.partial')
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
   try:
     for path in paths:
-      with open(path, 'rb') as file:
+      with io.BufferedReader(_Archive(path)) as file:
         try:
           _unpack(path, file, partial)
+        except UserError:
+          raise
         except (OSError, *_DAMAGE) as error:
           if getattr(error, 'errno', None):  # the disk's: what decompression raises has none
             raise
@@ -56,9 +63,32 @@ def unpack(paths, folder):
     shutil.rmtree(partial, ignore_errors=True)
 
 
+class _Archive(io.FileIO):
+  """The archive, whose errors are told from those of what is written."""
+
+  def __init__(self, path):
+    with _reading(path):
+      super().__init__(path)
+
+  def readinto(self, buffer):
+    with _reading(self.name):
+      return super().readinto(buffer)
+
+
+@contextlib.contextmanager
+def _reading(path):
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f'cannot read {path}: {error.strerror}; make it readable') from error
+
+
 def _reason(file, error):
   file.seek(0)
-  return 'it is a web page' if file.read(100).lstrip()[:1] == b'<' else first_line(error).removesuffix(' successfully:')
+  start = file.read(100)
+  if not start:
+    return 'it is empty'
+  return 'it is a web page' if start.lstrip()[:1] == b'<' else first_line(error).removesuffix(' successfully:')
 
 
 def _unpack(path, file, folder):
@@ -82,10 +112,20 @@ def _unpack(path, file, folder):
           f'({max(free, 0) / 1e9:.1f} GB free); make room, or set METAJAX_CACHE to a folder on another'
         )
       target = folder.joinpath(*parts)
-      target.parent.mkdir(parents=True, exist_ok=True)
-      with content, open(target, 'wb') as out:
+      with content, _create(target, name) as out:
         shutil.copyfileobj(content, out, _BLOCK)
       bar.update(file.tell() - bar.n)
+
+
+def _create(path, name):
+  """Opens a file to write to, of that name in the archive."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path, 'wb')
+  except OSError as error:
+    if error.errno not in _NAME_ERRORS:
+      raise
+    raise ValueError(f'{error.strerror}: {name!r}') from error
 
 
 def _zip_members(file):
@@ -129,4 +169,12 @@ class _Member(tarfile.TarInfo):
   def _proc_member(self, archive):
     if self.type in _HEADERS and self.size > _MAX_HEADER:
       raise tarfile.SubsequentHeaderError(f'a header of {self.size} bytes')
-    return super()._proc_member(archive)
+    self._check_size()
+    member = super()._proc_member(archive)
+    member._check_size()  # again, as a header of attributes may have replaced it
+    return member
+
+  def _check_size(self):
+    """A negative one would lead back to where tarfile was before, for ever."""
+    if self.size < 0:
+      raise tarfile.SubsequentHeaderError(f'a size of {self.size} bytes')
