@@ -1,6 +1,7 @@
 import io
 import os
 import pathlib
+import pickle
 import shutil
 import tarfile
 import time
@@ -188,6 +189,17 @@ def write_hdf5(folder):
       file[f'{"images_background" if number < 965 else "images_evaluation"}/{name}'] = np.stack(pixels)
 
 
+def write_caches(folder):
+  """What Ren et al.'s code keeps, of Lake's split as of that of Vinyals; pickled as by Python 2, keys are bytes."""
+  for split, numbers in (('train', (709, 718)), ('test', (965,))):
+    content = {
+      b'images': np.stack([truth(png(n, odd), 28)[..., None] for n in numbers for odd in (False, False, True)]),
+      b'labels': np.repeat(np.arange(len(numbers), dtype=np.int32), 3),
+      b'label_str': [PART[n].replace('/', '_').encode() for n in numbers],
+    }
+    (folder / f'{split}_lake.pkl').write_bytes(pickle.dumps(content, protocol=2))
+
+
 @pytest.mark.parametrize(
   'write',
   [
@@ -197,6 +209,7 @@ def write_hdf5(folder):
     lambda folder: write_images(folder, 'omniglot_resized/{name}', resized),  # MAML
     write_tar,  # Ren et al.
     write_hdf5,  # torchmeta
+    write_caches,  # Ren et al.
   ],
 )
 def test_every_format(tmp_path, write, caplog):
@@ -290,3 +303,10 @@ def test_real_omniglot():
     expected = truth(archive.read('images_background/Alphabet_of_the_Magi/character03/0711_15.png'), 28)
   row = train.starts[train.names.index('Alphabet_of_the_Magi/character03')] + 14
   np.testing.assert_array_equal(train.images[row, :, :, 0], expected)
+
+
+def test_a_cache_with_labels_that_have_no_name(tmp_path):
+  content = {'images': np.zeros((3, 28, 28, 1), np.uint8), 'labels': np.arange(3), 'label_str': ['Greek/character01']}
+  (tmp_path / 'train_vinyals.pkl').write_bytes(pickle.dumps(content))
+  with pytest.raises(UserError, match=r'train_vinyals.pkl has images .* or labels without a name: replace it'):
+    omniglot.load(str(tmp_path))

@@ -284,7 +284,7 @@ def entries(path, content, **kinds):
   Args:
     path: to name in an error.
     content: what should be a dict.
-    **kinds: key -> the number of dimensions that the entry must have as an array; 4 are images, (n, h, w, 3) uint8.
+    **kinds: key -> how many dimensions the entry must have as an array; 4 are images, (n, h, w, 1 or 3) uint8.
 
   Raises:
     UserError: an entry is missing or of another shape.
@@ -292,7 +292,7 @@ def entries(path, content, **kinds):
   try:
     arrays = [content[key] for key in kinds]
     for key, array, ndim in zip(kinds, arrays, kinds.values(), strict=True):
-      if np.ndim(array) != ndim or (ndim == 4 and (array.dtype != np.uint8 or array.shape[3] != 3)):
+      if np.ndim(array) != ndim or (ndim == 4 and (array.dtype != np.uint8 or array.shape[3] not in (1, 3))):
         raise ValueError(f'{key} is {array.dtype} {array.shape}')
     return arrays
   except (AttributeError, LookupError, TypeError, ValueError) as error:

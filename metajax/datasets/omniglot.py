@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 from PIL import ImageOps
 
-from metajax.data import containers, images, source
+from metajax.data import containers, images, source, unpickle
 from metajax.data.download import Remote
 from metajax.errors import UserError
 
@@ -69,6 +69,8 @@ def dataset(split='vinyals', split_seed=0):
       _folders('data'),
       _folders(''),
       containers.hdf5(['data.hdf5'], lambda path: path.partition('/')[2] if path.startswith(halves) else None),
+      containers.labelled({f'{split}_vinyals.pkl': split for split in ('train', 'val', 'test')}, _load_cache),
+      containers.labelled({f'{split}_lake.pkl': split for split in ('train', 'test')}, _load_cache),
     ),
     archives=(tuple(f'{half}.zip' for half in halves), ('omniglot.tar.gz',), ('omniglot.zip',)),
     prepared=(containers.tfds('omniglot', _of_tfds, extra=('alphabet', 'alphabet_char_id'), transform=_ink),),
@@ -84,6 +86,17 @@ def dataset(split='vinyals', split_seed=0):
 
 def _remote(half, size, sha256):
   return Remote(f'{half}.zip', tuple(f'{mirror}{half}.zip' for mirror in _MIRRORS), sha256=sha256, size=size)
+
+
+def _load_cache(path, scratch):
+  """What Ren et al.'s code keeps of the images, at 28 pixels and with ink 255, and names of their classes."""
+  del scratch
+  pixels, labels, names = containers.entries(path, unpickle.load(path), images=4, labels=1, label_str=1)
+  if pixels.shape[1:] != (28, 28, 1) or not np.isin(labels, np.arange(len(names))).all():
+    raise UserError(f'{path} has images {pixels.shape[1:]} or labels without a name: replace it')
+  names = [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+  names = [name if '/' in name else '/'.join(name.rsplit('_', 1)) for name in names]
+  return pixels, np.array(names)[labels]
 
 
 def _of_tfds(record):
