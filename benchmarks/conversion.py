@@ -11,6 +11,7 @@ process of its own, on all cores.
 """
 
 import argparse
+import concurrent.futures
 import io
 import json
 import logging
@@ -42,8 +43,8 @@ def main():
   for name, (kind, width) in _CASES.items():
     with tempfile.TemporaryDirectory() as folder:
       (make_pickles if kind == 'png' else make_folders)(Path(folder), arguments.images, width)
-      with multiprocessing.get_context('spawn').Pool(1) as pool:
-        seconds, memory = pool.apply(convert, (folder,))
+      with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        seconds, memory = pool.submit(convert, folder).result()
     speed = arguments.images / seconds
     results.append({'files': name, 'images_per_second': speed, 'memory_bytes': memory})
     print(f'{name:25}  {speed:8.0f}  {_WHOLE / speed / 60:11.1f} min  {memory / 1e6:4.0f} MB', flush=True)

@@ -1,5 +1,6 @@
 """The benchmarks' drivers on the smallest shapes: what they write, and that they compare the same work."""
 
+import concurrent.futures
 import functools
 import json
 import multiprocessing
@@ -119,10 +120,10 @@ def test_evaluation_beside_training(tmp_path):
 
 
 def test_conversion_is_timed_and_its_memory_taken(tmp_path):
-  with multiprocessing.get_context('spawn').Pool(1) as pool:
+  with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
     for make, width in ((conversion.make_pickles, 84), (conversion.make_folders, 100)):
       (tmp_path / str(width)).mkdir()
       make(tmp_path / str(width), 20, width)
-      seconds, memory = pool.apply(conversion.convert, (str(tmp_path / str(width)),))
+      seconds, memory = pool.submit(conversion.convert, str(tmp_path / str(width))).result()
       assert 0 < seconds < 60 and 0 <= memory < 2e8
       assert np.load(tmp_path / str(width) / 'cache/tiered_imagenet-84/images.npy').shape == (20, 84, 84, 3)
