@@ -27,14 +27,23 @@ def cache(shared_cache, monkeypatch):
 
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
-  """An empty folder for converted tables, and no network."""
+  """An empty folder for converted tables, no network, and nothing of the person who runs the tests."""
 
   def fetch(remote, folder):
     raise UserError(f'cannot download {remote.name} to {folder}: no network')
 
   monkeypatch.setenv('METAJAX_CACHE', str(tmp_path / 'cache'))
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  monkeypatch.delenv('TFDS_DATA_DIR', raising=False)
   monkeypatch.setattr(download, 'fetch', fetch)
   return tmp_path / 'cache'
+
+
+@pytest.fixture
+def data(tmp_path):
+  """An empty folder for the files of data sets."""
+  (tmp_path / 'data').mkdir()
+  return tmp_path / 'data'
 
 
 @pytest.fixture(scope='session')

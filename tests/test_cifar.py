@@ -35,15 +35,7 @@ FINE = {'apple': 0, 'baby': 2, 'bear': 3, 'beaver': 4, 'camel': 15, 'worm': 99} 
 PREFIX = {'cifar_fs': 'CIFAR_FS', 'fc100': 'FC100'}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-  monkeypatch.setenv('METAJAX_CACHE', str(tmp_path / 'cache'))
-
-
-@pytest.fixture
-def data(tmp_path):
-  (tmp_path / 'data').mkdir()
-  return tmp_path / 'data'
+pytestmark = pytest.mark.usefixtures('tables')
 
 
 def picture(name, k):

@@ -17,15 +17,7 @@ PER_CLASS = 2
 WIDE = (200, 150)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-  monkeypatch.setenv('METAJAX_CACHE', str(tmp_path / 'cache'))
-
-
-@pytest.fixture
-def data(tmp_path):
-  (tmp_path / 'data').mkdir()
-  return tmp_path / 'data'
+pytestmark = pytest.mark.usefixtures('tables')
 
 
 def photograph(c, k):

@@ -16,14 +16,13 @@ pytestmark = pytest.mark.usefixtures('tables')
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
+def run(data, capsys):
   """Runs a command on `data`: (exit status, what it printed, errors)."""
 
   def run(*arguments):
-    status = main([*arguments, f'--data_dir={tmp_path / "data"}'])
+    status = main([*arguments, f'--data_dir={data}'])
     return status, *capsys.readouterr()
 
-  (tmp_path / 'data').mkdir()
   yield run
   logging.basicConfig(force=True)  # no longer to what `capsys` closes now
 

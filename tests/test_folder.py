@@ -8,10 +8,7 @@ from metajax.data import images
 from metajax.datasets import folder
 from metajax.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-  monkeypatch.setenv('METAJAX_CACHE', str(tmp_path / 'cache'))
+pytestmark = pytest.mark.usefixtures('tables')
 
 
 @pytest.fixture

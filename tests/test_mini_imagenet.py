@@ -22,12 +22,6 @@ TRAIN, VAL, TEST = WNIDS['train'][:2], WNIDS['val'][:1], WNIDS['test'][:1]
 VINYALS = 'n01614925'  # in the other data set of this name only
 
 
-@pytest.fixture
-def data(tmp_path):
-  (tmp_path / 'data').mkdir()
-  return tmp_path / 'data'
-
-
 def picture(wnid, k):
   """The k-th image of a class, unlike any other."""
   return np.random.default_rng([int(wnid[1:]), k]).integers(0, 256, (84, 84, 3), np.uint8)

@@ -17,9 +17,7 @@ NAMES = sorted(quickdraw._published())
 FEW = {'train': ['The Eiffel Tower', 'bear'], 'val': ['ant'], 'test': ['angel']}  # Meta-Dataset's
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-  monkeypatch.setenv('METAJAX_CACHE', str(tmp_path / 'cache'))
+pytestmark = pytest.mark.usefixtures('tables')
 
 
 @pytest.fixture

@@ -21,15 +21,9 @@ from metajax.datasets import (
 from metajax.datasets import tfds as any_tfds
 from metajax.errors import UserError
 from tests.conftest import TINY
-from tests.test_prepared import build, features_of, nowhere_else, png, stamped, stroke  # noqa: F401
+from tests.test_prepared import build, features_of, png, stamped, stroke
 
-pytestmark = pytest.mark.usefixtures('tables', 'nowhere_else')
-
-
-@pytest.fixture
-def data(tmp_path):
-  (tmp_path / 'data').mkdir()
-  return tmp_path / 'data'
+pytestmark = pytest.mark.usefixtures('tables')
 
 
 def flowers(data, names=('rose', 'tulip', 'daisy', 'iris', 'lily'), per_class=4, **options):

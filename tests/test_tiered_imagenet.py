@@ -21,15 +21,7 @@ PER_CLASS = 3
 STRANGE = 'n01614925'  # of ILSVRC, but not of tiered-ImageNet
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-  monkeypatch.setenv('METAJAX_CACHE', str(tmp_path / 'cache'))
-
-
-@pytest.fixture
-def data(tmp_path):
-  (tmp_path / 'data').mkdir()
-  return tmp_path / 'data'
+pytestmark = pytest.mark.usefixtures('tables')
 
 
 def words(wnid):

@@ -4,8 +4,10 @@ import contextlib
 import contextvars
 import functools
 import glob
+import json
 import logging
 import os
+import pathlib
 import shutil
 import types
 import uuid
@@ -89,6 +91,12 @@ def skipping_bad():
     yield
   finally:
     _skip_bad.reset(token)
+
+
+@functools.cache
+def stored(name):
+  """What the package knows of a data set: the content of `metajax/datasets/splits/<name>.json`."""
+  return json.loads((pathlib.Path(__file__).parents[1] / 'datasets' / 'splits' / f'{name}.json').read_text())
 
 
 def load(dataset: Dataset, data_dir, rendering: images.Rendering, turned=()):

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import json
 import os
 import pathlib
 
@@ -28,10 +27,9 @@ _DOWNLOAD = Remote(
 )
 
 
-@functools.cache
 def lists():
   """Superclass -> its classes as `superclasses`, split -> classes as `cifar_fs`, split -> superclasses as `fc100`."""
-  return json.loads(pathlib.Path(__file__).with_name('splits').joinpath('cifar100.json').read_text())
+  return source.stored('cifar100')
 
 
 @functools.cache

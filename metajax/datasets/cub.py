@@ -1,8 +1,6 @@
 """CUB-200-2011 (Wah et al. 2011): 11788 photographs of 200 species of birds, for research and education only."""
 
 import functools
-import json
-import pathlib
 import re
 
 from metajax.data import containers, images, source
@@ -79,7 +77,6 @@ def dataset(split='closer_look'):
   )
 
 
-@functools.cache
 def _lists():
   """kind of split -> split -> class names."""
-  return json.loads(pathlib.Path(__file__).with_name('splits').joinpath('cub.json').read_text())
+  return source.stored('cub')

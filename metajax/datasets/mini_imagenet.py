@@ -4,10 +4,8 @@ import base64
 import collections
 import functools
 import itertools
-import json
 import operator
 import os
-import pathlib
 import re
 
 import numpy as np
@@ -86,10 +84,9 @@ def dataset():
   )
 
 
-@functools.cache
 def _lists():
   """split -> wnid -> (images of the class in ILSVRC, the listed ones' ranks there as a bitmap in base 64)."""
-  return json.loads(pathlib.Path(__file__).with_name('splits').joinpath('mini_imagenet.json').read_text())
+  return source.stored('mini_imagenet')
 
 
 @functools.cache

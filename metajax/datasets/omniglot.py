@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import json
 import os
 import pathlib
 
@@ -146,9 +145,8 @@ def _folders(*tops):
   )
 
 
-@functools.cache
 def _lists():
-  return json.loads(pathlib.Path(__file__).with_name('splits').joinpath('omniglot.json').read_text())
+  return source.stored('omniglot')
 
 
 @functools.cache

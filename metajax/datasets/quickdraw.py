@@ -4,9 +4,7 @@ import array
 import collections
 import collections.abc
 import functools
-import json
 import os
-import pathlib
 
 import numpy as np
 
@@ -77,9 +75,8 @@ def dataset(split='meta_dataset', split_seed=123, per_class=0):
   )
 
 
-@functools.cache
 def _lists():
-  return json.loads(pathlib.Path(__file__).with_name('splits').joinpath('quickdraw.json').read_text())
+  return source.stored('quickdraw')
 
 
 def _published():

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import json
 import os
 import pathlib
 import re
@@ -82,10 +81,9 @@ def dataset():
   )
 
 
-@functools.cache
 def _lists():
   """split -> superclass's wnid -> {name, classes: wnid -> (images in ILSVRC, words)}."""
-  return json.loads(pathlib.Path(__file__).with_name('splits').joinpath('tiered_imagenet.json').read_text())
+  return source.stored('tiered_imagenet')
 
 
 @functools.cache
