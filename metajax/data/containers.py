@@ -42,18 +42,7 @@ def class_folders(known, inside=('',), suffix=''):
 
   def read(paths, scratch):
     del scratch
-    places = collections.defaultdict(list)
-    for path in paths:
-      places[os.path.dirname(path)].append(images.File(path))
-    classes, faults = {}, []
-    for place, items in places.items():
-      name = known(os.path.basename(place))
-      if name in classes:
-        first = os.path.dirname(classes[name][0].path)
-        faults.append(f'class {name} is in {first} and in {place}: remove it from one')
-        name = place
-      classes[name] = items
-    return Contents(classes, faults=tuple(faults))
+    return by_folder(paths, lambda place: known(os.path.basename(place)))
 
   below = ' or '.join(f'{name}/' for name in inside if name)
   return Format(
@@ -61,12 +50,37 @@ def class_folders(known, inside=('',), suffix=''):
   )
 
 
-def hdf5(names, known):
+def by_folder(paths, known):
+  """Sorts images by the folder that they are in.
+
+  Args:
+    paths: of the images.
+    known: path of a folder -> the class's name.
+
+  Returns:
+    Contents; a class in two folders is a fault.
+  """
+  places = collections.defaultdict(list)
+  for path in paths:
+    places[os.path.dirname(path)].append(images.File(path))
+  classes, faults = {}, []
+  for place, items in places.items():
+    name = known(place)
+    if name in classes:
+      first = os.path.dirname(classes[name][0].path)
+      faults.append(f'class {name} is in {first} and in {place}: remove it from one')
+      name = place
+    classes[name] = items
+  return Contents(classes, faults=tuple(faults))
+
+
+def hdf5(names, known=lambda path: path.rpartition('/')[2]):
   """Torchmeta's HDF5 files, with an array of images (n, h, w[, c]) or of PNG or JPEG files (n,) for each class.
 
   Args:
     names: of the files, of which all are needed.
-    known: path of an array in a file -> the class's name, or None for an array that is none of the data set's.
+    known: path of an array in a file -> the class's name, or None for an array that is none of the data set's. Most
+      files have it as the last part of the path.
 
   Returns:
     Format; a class in two files is a fault.

@@ -65,19 +65,25 @@ def open_table(key):
   folder = cache_dir() / key
   if not os.path.isdir(folder):
     return None
-  if defect := defect_of(folder):
+  table, defect = _try_open(folder)
+  if defect:
     _log.warning('the converted table %s will be made anew: %s', folder, defect)
-    return None
-  return open_folder(folder)
+  return table
 
 
 def defect_of(folder):
   """Why the table in a folder cannot be opened; '' if it can."""
+  return _try_open(folder)[1]
+
+
+def _try_open(folder):
+  """(Table, '') or (None, why the table in a folder cannot be opened)."""
   try:
-    open_folder(folder)
+    return open_folder(folder), ''
+  except _Older as error:
+    return None, str(error)
   except (OSError, ValueError, KeyError, TypeError) as error:
-    return f'it is damaged ({first_line(error)})' if not isinstance(error, _Older) else str(error)
-  return ''
+    return None, f'it is damaged ({first_line(error)})'
 
 
 def class_tables(table, splits):

@@ -49,9 +49,7 @@ def dataset(split='closer_look'):
       containers.class_folders(
         lambda name: name if _CLASS.fullmatch(name) else None, inside=('', 'images', 'CUB_200_2011/images')
       ),
-      containers.hdf5(
-        [f'{split}_data.hdf5' for split in ('train', 'val', 'test')], lambda path: path.rpartition('/')[2]
-      ),
+      containers.hdf5([f'{split}_data.hdf5' for split in ('train', 'val', 'test')]),
     ),
     archives=(('CUB_200_2011.tgz',),),
     prepared=(

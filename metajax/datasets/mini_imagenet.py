@@ -51,7 +51,7 @@ def dataset():
     places=('mini_imagenet', 'miniimagenet', 'mini-imagenet', 'miniImageNet', ''),
     formats=(
       source.Format('mini-imagenet-cache-{train,val,test}.pkl', _find_caches, _read_caches),
-      containers.hdf5([f'{split}_data.hdf5' for split in _lists()], _known),
+      containers.hdf5([f'{split}_data.hdf5' for split in _lists()]),
       containers.labelled(
         {
           'miniImageNet_category_split_train_phase_train.pickle': 'train',
@@ -94,15 +94,12 @@ def _classes():
   return dict(itertools.chain.from_iterable(classes.items() for classes in _lists().values()))
 
 
-def _known(path):
-  """The class of an array in one of torchmeta's files."""
-  return path.rpartition('/')[2]
-
-
 def _load_pickle(path, scratch):
   """Gidaris and Komodakis's pickles number the classes; some copies also have the names, as `catname2label`."""
-  pixels, labels = containers.load_pickle(path, scratch)
-  numbers = unpickle.load(path).get('catname2label')
+  del scratch
+  content = unpickle.load(path)
+  pixels, labels = containers.entries(path, content, data=4, labels=1)
+  numbers = content.get('catname2label')
   labels = np.asarray(labels)
   if labels.dtype.kind in 'iu' and isinstance(numbers, dict):
     names = {number: name for name, number in numbers.items() if isinstance(number, (int, np.integer))}

@@ -130,15 +130,8 @@ def _folders(*tops):
 
   def read(paths, scratch):
     del scratch
-    classes, faults = collections.defaultdict(list), []
-    for path in paths:
-      place = os.path.dirname(path)
-      name = '/'.join(pathlib.PurePath(place).parts[-2:])
-      if classes[name] and not classes[name][0].path.startswith(place + os.sep):
-        faults.append(f'class {name} is in {os.path.dirname(classes[name][0].path)} and in {place}: remove it from one')
-        name = place
-      classes[name].append(images.File(path))
-    return source.Contents(classes, transform=_ink, faults=tuple(dict.fromkeys(faults)))
+    contents = containers.by_folder(paths, lambda place: '/'.join(pathlib.PurePath(place).parts[-2:]))
+    return contents._replace(transform=_ink)
 
   return source.Format(
     'images in ' + ' and '.join(os.path.join(top, '<alphabet>/<character>/') for top in tops), find, read

@@ -95,7 +95,7 @@ def _dealt(seed):
 
 def _drawn(per_class):
   """What Fast Forward Labs' code has written for so many drawings, taken as it is."""
-  form = containers.hdf5([f'{split}_data.hdf5' for split in ('train', 'val', 'test')], lambda p: p.rpartition('/')[2])
+  form = containers.hdf5([f'{split}_data.hdf5' for split in ('train', 'val', 'test')])
   folder = f'quickdraw-{per_class}-meta'
   return form._replace(
     files=f'{folder}/{{train,val,test}}_data.hdf5', find=lambda place: form.find(os.path.join(place, folder))
