@@ -31,12 +31,14 @@ _TOP_LEVEL = dict(
   checkpoint_every=1000,
   chunk='auto',  # tasks that one `vmap` takes at once; the rest by a scan
   profile='',  # meta-updates to trace, such as '10:20'
+  init_from='',  # workdir of a trained run, whose best weights are the initial ones
 )
 _DATA = dict(
   way=int,  # none in regression
   shot=REQUIRED,
   query_shot=REQUIRED,
-  tasks=REQUIRED,  # episodes in a meta-batch
+  tasks=REQUIRED,  # in a meta-batch
+  group=1,  # episodes that make up one task of the meta-batch
   placement='auto',  # of the image table: 'device', 'host', or by its size
   augment=(),  # what is done to the images of the train split, in this order: see `metajax.data.augment`
   normalize='none',  # a name in `augment.NORMALIZE`, for every split
@@ -58,7 +60,8 @@ _PACKAGES = {  # where a group's `name` is looked for, and what builds it there
   'algorithm': ('metajax.algorithms', 'make'),
   'weighting': ('metajax.weighting', 'make'),
 }
-_SUPPLIED = ('objective',)  # keyword arguments that are no settings: training supplies them
+# Keyword arguments that are no settings: training supplies them to whatever names them.
+_SUPPLIED = ('objective', 'way', 'tasks', 'tx', 'num_classes', 'superclass_ids')
 _GROUPS = (*_PACKAGES, 'optimizer', 'eval')
 
 
@@ -171,8 +174,11 @@ def call(function, config, group, *supplied, **more):
 
 
 def build(config, group, *supplied, **more):
-  """Calls the `make` (or a data set's `load`) that `config.GROUP.name` names."""
-  return call(find(group, config[group].name), config, group, *supplied, **more)
+  """Calls the `make` (or a data set's `load`) that `config.GROUP.name` names, with what it asks for of `_SUPPLIED`."""
+  function = find(group, config[group].name)
+  asked = inspect.signature(function).parameters
+  more = {name: value for name, value in more.items() if name not in _SUPPLIED or name in asked}
+  return call(function, config, group, *supplied, **more)
 
 
 def get(config, name):

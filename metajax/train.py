@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from metajax import config as config_lib
-from metajax import evaluate, keys, losses, optimizers, parallel, processes
+from metajax import evaluate, keys, losses, optimizers, outer_loop, parallel, processes
 from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
 from metajax.data import episodes, pipeline
@@ -43,6 +43,7 @@ class Experiment(NamedTuple):
   resident: Any  # what all of them keep on the devices
   objective: losses.Objective
   algorithm: Algorithm
+  loss: Any  # of one task of the meta-batch, which may be a group of episodes
   weighting: TaskWeighting
   tx: optax.GradientTransformation
   evaluation: Algorithm  # the algorithm with evaluation's inner steps
@@ -62,33 +63,26 @@ def train_step(state, constants, local, *, experiment, tasks):
   Returns:
     the next state; scalar metrics.
   """
-  algorithm, weighting = experiment.algorithm, experiment.weighting
-  decode = experiment.sources['train'].decode
+  loss, weighting, tx = experiment.loss, experiment.weighting, experiment.tx
   resident, rng = constants
   rng_tasks, rng_weighting = jax.random.split(jax.random.fold_in(rng, state.step))
-  class_ids = parallel.gather_tasks(jax.vmap(lambda batch: decode(resident, batch).class_ids)(local[1]), tasks)
-  coefficients = weighting.coefficients(state.weighting, class_ids)
+  episodes_of = functools.partial(experiment.sources['train'].decode, resident)
+  meta_batch = dict(episodes=episodes_of, local=local, rng=rng_tasks, tasks=tasks)
 
-  def meta_gradient(positions, weights, batch):
-    chunk = decode(resident, batch)
-    rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng_tasks, positions)
-
-    def outer_loss(params):
-      each, (model_state, metrics) = jax.vmap(algorithm.loss, (None, None, 0, 0))(
-        params, state.model_state, chunk, rngs
-      )
-      each = each.reshape(len(positions), -1).mean(axis=1)
-      return jnp.sum(weights * coefficients[positions] * each), (each, model_state, metrics)
-
-    grads, (each, model_state, metrics) = jax.grad(outer_loss, has_aux=True)(state.params)
-    average = functools.partial(jnp.tensordot, weights, axes=1, precision='highest')
-    return (grads, jax.tree.map(average, model_state)), (each, metrics)
-
-  (grads, model_state), (task_losses, metrics) = parallel.mean_over_tasks(
-    meta_gradient, (state.params, state.model_state), local, tasks
+  classes = parallel.gather_tasks(jax.vmap(lambda batch: query_classes(episodes_of(batch)))(local[1]), tasks)
+  coefficients = weighting.coefficients(state.weighting, classes)
+  trials = weighting.trials and weighting.trials(state.weighting, rng_weighting)
+  grads, model_state, task_losses, metrics = outer_loop.gradient(
+    loss, state.params, state.model_state, coefficients=coefficients, trials=trials, **meta_batch
   )
-  updates, opt_state = experiment.tx.update(grads, state.opt_state, state.params)
-  weights, weight_metrics = weighting.update(state.weighting, task_losses, class_ids, rng_weighting)
+  tried = ()
+  if trials is not None:
+    trial_grads, grads = jax.tree.map(lambda g: g[1:], grads), jax.tree.map(lambda g: g[0], grads)
+    tried = (
+      outer_loop.trial_losses(loss, tx, state.opt_state, state.params, state.model_state, trial_grads, **meta_batch),
+    )
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  weights, weight_metrics = weighting.update(state.weighting, task_losses, classes, rng_weighting, *tried)
   state = TrainState(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
@@ -98,6 +92,14 @@ def train_step(state, constants, local, *, experiment, tasks):
   )
   metrics = jax.tree.map(lambda x: x.mean(axis=0), metrics)
   return state, {'loss': task_losses.mean(), 'grad_norm': optax.tree.norm(grads), **metrics, **weight_metrics}
+
+
+def query_classes(episodes):
+  """The training split's class of every query, (tasks, query) int32, from a meta-batch; 0 in regression."""
+  class_ids, targets = episodes.class_ids, episodes.query.targets
+  if class_ids.shape[-1] == 0:
+    return jnp.zeros(targets.shape[:2], jnp.int32)
+  return jnp.take_along_axis(class_ids, targets, axis=-1).reshape(len(targets), -1)
 
 
 def init_state(experiment, seed):
@@ -117,7 +119,10 @@ def init_state(experiment, seed):
   return jax.jit(init)(keys.from_seed(seed))
 
 
-_COUNTS = ('total_steps', 'data.tasks', 'data.shot', 'data.query_shot', 'eval.episodes', 'eval.val_episodes')
+_COUNTS = (
+  *('total_steps', 'data.tasks', 'data.group', 'data.shot', 'data.query_shot'),
+  *('eval.episodes', 'eval.val_episodes'),
+)
 _COUNTS_OR_ZERO = ('seed', 'eval.seed', 'log_every', 'eval_every', 'checkpoint_every')
 
 
@@ -139,24 +144,73 @@ def make_experiment(config, data_dir, needed=('train', 'test')):
   regression = jnp.issubdtype(targets.dtype, jnp.floating)
   objective = losses.REGRESSION if regression else losses.CLASSIFICATION
   outputs = targets.shape[-1] if regression else config.data.way
-  if not regression and (config.eval.way or 0) > outputs:
-    raise UserError(f'config.eval.way = {config.eval.way}, but the network was trained with {outputs} outputs')
   model = config_lib.build(config, 'model', outputs)
   for_evaluation = {k: config.eval[k] for k in ('inner_steps', 'inner_lr') if config.eval[k] is not None}
   for name in for_evaluation:
     if name not in config.algorithm:
       raise UserError(f'config.eval.{name}: {config.algorithm.name} has no such setting')
+  way = config.data.way if config.eval.way is None else config.eval.way
+  algorithm = config_lib.build(config, 'algorithm', model, objective=objective, way=config.data.way)
+  evaluation = config_lib.build(config, 'algorithm', model, objective=objective, way=way, **for_evaluation)
+  example = np.zeros(shapes.support.inputs.shape[1:], np.float32)
+  if not regression and way > config.data.way:
+    check_outputs(evaluation, shapes.support, example, way)
+  tx = config_lib.call(optimizers.make, config, 'optimizer', config.total_steps)
+  sources['train'] = episodes.grouped(sources['train'], config.data.group)
   return Experiment(
     splits=splits,
     sources=sources,
     resident=parallel.replicate(sources['train'].resident),
     objective=objective,
-    algorithm=config_lib.build(config, 'algorithm', model, objective=objective),
-    weighting=config_lib.build(config, 'weighting'),
-    tx=config_lib.call(optimizers.make, config, 'optimizer', config.total_steps),
-    evaluation=config_lib.build(config, 'algorithm', model, objective=objective, **for_evaluation),
-    example=np.zeros(shapes.support.inputs.shape[1:], np.float32),
+    algorithm=algorithm,
+    loss=task_loss(algorithm, config.data.group),
+    weighting=config_lib.build(
+      config,
+      'weighting',
+      tasks=config.data.tasks,
+      tx=tx,
+      num_classes=sources['train'].num_classes,
+      superclass_ids=superclass_ids(splits['train']),
+    ),
+    tx=tx,
+    evaluation=evaluation,
+    example=example,
   )
+
+
+def check_outputs(algorithm, support, example, way):
+  """Whether an algorithm has an output for each of `way` classes; `support` are a meta-batch's shapes."""
+  support = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), support)
+
+  def outputs(rng, example, support):
+    params, model_state = algorithm.init(rng, example)
+    return algorithm.predict(params, model_state, algorithm.adapt(params, model_state, support, rng), support.inputs)
+
+  found = jax.eval_shape(outputs, jax.random.key(0), example, support).shape[-1]
+  if way > found:
+    raise UserError(f'config.eval.way = {way}, but the network was trained with {found} outputs')
+
+
+def superclass_ids(data):
+  """Each class's superclass, (classes,) int32 counted from 0 in the order of their names; None without such."""
+  names = getattr(data, 'superclasses', ())
+  return np.unique(names, return_inverse=True)[1].astype(np.int32) if len(names) else None
+
+
+def task_loss(algorithm, group):
+  """`algorithm.loss`, if a task of the meta-batch is one episode; else that of `group` episodes, a leading axis."""
+  if group == 1:
+    return algorithm.loss
+  if algorithm.group_loss:
+    return algorithm.group_loss
+
+  def loss(params, model_state, episodes, rng):
+    losses, aux = jax.vmap(algorithm.loss, (None, None, 0, 0))(
+      params, model_state, episodes, jax.random.split(rng, group)
+    )
+    return losses, jax.tree.map(lambda x: x.mean(axis=0), aux)
+
+  return loss
 
 
 def make_sources(config, splits):
@@ -229,6 +283,8 @@ def train(config, experiment, workdir, checkpoints, stop):
 
   if steps:
     state = processes.arrays_from_first(restore, state)
+  elif config.init_from:
+    state = start_from(config.init_from, state)
   state = parallel.replicate(state)
   done, total, tasks = int(state.step), config.total_steps, config.data.tasks
   if done >= total:
@@ -283,6 +339,43 @@ def train(config, experiment, workdir, checkpoints, stop):
       if in_flight.stop:
         progress.say(f'stopped at step {step}, checkpoint saved: run the same command again to go on')
         return
+
+
+def start_from(workdir, state):
+  """The state with the best weights of another run; optimiser and task weighting stay as they are.
+
+  Args:
+    workdir: of that run; it is only read.
+    state: of this run, before the first meta-update.
+
+  Raises:
+    UserError: there are no weights, or they are not those of this run's network.
+  """
+
+  like = {'params': state.params, 'model_state': state.model_state}
+
+  def read():
+    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+      found = dict(zip(like, checkpoints.best_weights(), strict=True))
+    there, here = (
+      {jax.tree_util.keystr(path, simple=True, separator='/'): x.shape for path, x in jax.tree.leaves_with_path(tree)}
+      for tree in (found, like)
+    )
+    differing = [
+      f'{name} is {there.get(name, "not there")} instead of {here.get(name, "nothing")}'
+      for name in sorted(there.keys() | here.keys())
+      if there.get(name) != here.get(name)
+    ]
+    if differing:
+      more = f', and {len(differing) - 8} more' if len(differing) > 8 else ''
+      raise UserError(
+        f'config.init_from: {workdir} has weights of another network: {"; ".join(differing[:8])}{more}. '
+        'Choose the same model, algorithm and way'
+      )
+    print(f'initial weights: the best of {workdir}')
+    return jax.tree.map(lambda x, like: np.asarray(x, like.dtype), found, like)
+
+  return state._replace(**processes.arrays_from_first(read, like))
 
 
 class InFlight:

@@ -36,11 +36,22 @@ class Algorithm(NamedTuple):
   # Like `adapt`, but with a leading axis of inner_steps + 1: before adaptation, after step 1, 2, ... None where
   # there is no inner loop.
   trajectory: Callable | None = None
+  # Like `loss`, of several episodes at once: a leading axis of them in, losses (episodes, query) out. None where each
+  # is by itself; otherwise they share a pass through the network.
+  group_loss: Callable | None = None
 
 
 class TaskWeighting(NamedTuple):
-  """How much each task counts: the outer loss is the mean over tasks of coefficient times loss."""
+  """How much each task counts: the outer loss is the mean over tasks and queries of coefficient times loss.
+
+  `classes` (tasks, query) int32 are the queries' classes in the training split, all 0 in regression; `losses` (tasks,
+  query) those before the meta-update, (tasks, 1) of a learner that has one loss a task; metrics are scalars or vectors.
+  """
 
   init: Callable  # (rng,) -> state
-  coefficients: Callable  # (state, class_ids (tasks, way)) -> (tasks,) constants in the outer gradient
-  update: Callable  # (state, losses (tasks,), class_ids, rng) -> state, metrics
+  coefficients: Callable  # (state, classes) -> (tasks,) or (tasks, query), constants in the outer gradient
+  update: Callable  # (state, losses, classes, rng) -> state, metrics
+  # (state, rng) -> coefficients (trials, tasks). If there is such a function, every meta-update takes a trial outer
+  # step with each of these coefficients, and `update` gets the losses after it, (trials, tasks, query), as one more
+  # argument; its rng is the one that was given here.
+  trials: Callable | None = None

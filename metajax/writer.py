@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 from tensorboardX import SummaryWriter
 
 from metajax.errors import UserError, first_line
@@ -25,8 +26,8 @@ class Writer:
     self._events = SummaryWriter(str(workdir), purge_step=step + 1)
 
   def write(self, step, split, metrics):
-    """Adds {'step': step, 'split/name': value, ...}."""
-    metrics = {f'{split}/{name}': float(value) for name, value in metrics.items()}
+    """Adds {'step': step, 'split/name': value, ...}; a value is a scalar, or a vector as a list."""
+    metrics = {f'{split}/{name}': np.asarray(value, np.float64).tolist() for name, value in metrics.items()}
     self._file.write(_line({'step': step, **metrics}))
     self._file.flush()
     self.event(step, metrics)
@@ -34,7 +35,10 @@ class Writer:
   def event(self, step, metrics):
     """Adds values to the TensorBoard events alone, for what differs from run to run: times."""
     for name, value in metrics.items():
-      self._events.add_scalar(name, value, step)
+      if isinstance(value, list):
+        self.event(step, {f'{name}/{i}': x for i, x in enumerate(value)})
+      else:
+        self._events.add_scalar(name, value, step)
 
   def sync(self):
     """Everything so far is on disk when this returns: to be called before the step's checkpoint is."""

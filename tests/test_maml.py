@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from metajax import losses
+from metajax import losses, networks
 from metajax.algorithms import anil, maml
 from metajax.models import conv4, layers, mlp
 from metajax.types import Algorithm, Episode, Examples
@@ -30,7 +30,7 @@ def draw_episode(seed, shape, *, way=WAY, shot=2, query_shot=3):
 
 def compiled(learner):
   """The same functions, each compiled once."""
-  return Algorithm(*map(jax.jit, learner))
+  return Algorithm(*(function and jax.jit(function) for function in learner))
 
 
 def assert_close(a, b, **tolerance):
@@ -245,7 +245,7 @@ def normed(mode, **settings):
   return learner, params, model_state, episode
 
 
-@pytest.mark.parametrize('mode', maml.BATCH_NORM_MODES)
+@pytest.mark.parametrize('mode', networks.BATCH_NORM_MODES)
 def test_a_query_sees_other_queries_in_transductive_mode_alone(mode):
   learner, params, model_state, episode = normed(mode)
   adapted = learner.adapt(params, model_state, episode.support, None)
@@ -273,7 +273,7 @@ def by_hand(params, x, statistics=None):
   return x.mean((1, 2)) @ params['head']['kernel'] + params['head']['bias'], own
 
 
-@pytest.mark.parametrize('mode', maml.BATCH_NORM_MODES)
+@pytest.mark.parametrize('mode', networks.BATCH_NORM_MODES)
 def test_queries_are_normalised_by_the_statistics_that_the_mode_names(mode):
   learner, params, model_state, episode = normed(mode)
   adapted = learner.adapt(params, model_state, episode.support, None)

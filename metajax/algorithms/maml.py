@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax import inner_loop, losses
+from metajax import inner_loop, losses, networks
 from metajax.errors import UserError
 from metajax.types import Algorithm
-
-BATCH_NORM_MODES = ('transductive', 'support', 'running')
 
 
 class Adapted(NamedTuple):
@@ -52,8 +50,7 @@ def make(
   Raises:
     UserError: an unknown batch-norm mode; names in `inner_params` that the model does not have (by `init`).
   """
-  if batch_norm not in BATCH_NORM_MODES:
-    raise UserError(f'batch_norm is one of {", ".join(BATCH_NORM_MODES)}, not {batch_norm!r}')
+  networks.check_batch_norm(batch_norm)
   if inner_steps < 0:
     raise UserError(f'inner_steps = {inner_steps}: it cannot be negative')
   rates = np.full((inner_steps,), inner_lr, np.float32)
@@ -65,33 +62,34 @@ def make(
       raise UserError(f'inner_params {sorted(unknown)} are not in the model, which has {sorted(params)}')
     return params, model_state
 
-  def batch_forward(params, model_state, inputs):
-    """Normalises by the batch's own statistics, and returns them."""
-    return model.apply({'params': params, **model_state}, inputs, mutable=list(model_state))
-
   def split(params):
     """The weights that the inner loop moves, and how to put them back among the others."""
     fast = {name: params[name] for name in inner_params or params}
     return fast, lambda fast: {**params, **fast}
 
-  def support_loss(merge, model_state, support):
+  def support_loss(merge, model_state, support, rng=None):
     def loss_fn(fast):
-      outputs, _ = batch_forward(merge(fast), model_state, support.inputs)
+      outputs, _ = networks.by_batch(model, merge(fast), model_state, support.inputs, rng)
       return jnp.mean(objective.losses(outputs, support.targets))
 
     return loss_fn
 
-  def query_state(params, model_state, support):
+  def query_state(params, model_state, support, rng=None):
     if batch_norm == 'support':
-      _, model_state = batch_forward(params, model_state, support.inputs)
+      _, model_state = networks.by_batch(model, params, model_state, support.inputs, rng)
     return model_state
 
-  def adapt(params, model_state, support, rng):
-    del rng
+  query_pass = networks.by_batch if batch_norm == 'transductive' else networks.by_state
+
+  def descend(params, model_state, support, rng):
     fast, merge = split(params)
-    loss_fn = support_loss(merge, model_state, support)
+    loss_fn = support_loss(merge, model_state, support, rng)  # one dropout mask for all steps of a task
     fast, _ = inner_loop.sgd(loss_fn, fast, rates, first_order=first_order, checkpoint=checkpoint)
-    return Adapted(merge(fast), query_state(merge(fast), model_state, support))
+    return Adapted(merge(fast), query_state(merge(fast), model_state, support, rng))
+
+  def adapt(params, model_state, support, rng):
+    del rng  # of dropout, which is for training
+    return descend(params, model_state, support, None)
 
   def trajectory(params, model_state, support, rng):
     del rng
@@ -101,21 +99,14 @@ def make(
 
   def predict(params, model_state, adapted, inputs):
     del params, model_state
-    if batch_norm == 'transductive':
-      return batch_forward(adapted.params, adapted.model_state, inputs)[0]
-    return model.apply({'params': adapted.params, **adapted.model_state}, inputs)
+    return query_pass(model, *adapted, inputs)[0]
 
   def loss(params, model_state, episode, rng):
-    adapted = adapt(params, model_state, episode.support, rng)
-    if batch_norm == 'running':
-      outputs, batch_state = batch_forward(adapted.params, model_state, episode.query.inputs)
-      model_state = jax.tree.map(
-        lambda old, new: batch_norm_momentum * old + (1 - batch_norm_momentum) * jax.lax.stop_gradient(new),
-        model_state,
-        dict(batch_state),
-      )
-    else:
-      outputs = predict(params, model_state, adapted, episode.query.inputs)
+    rng_support, rng_query = networks.split(rng)
+    adapted = descend(params, model_state, episode.support, rng_support)
+    normalise = networks.by_state if batch_norm == 'support' else networks.by_batch
+    outputs, state = normalise(model, *adapted, episode.query.inputs, rng_query)
+    model_state = networks.updated(model_state, state, batch_norm_momentum if batch_norm == 'running' else 1.0)
     metrics = objective.metrics(outputs, episode.query.targets)
     return objective.losses(outputs, episode.query.targets), (model_state, metrics)
 

@@ -176,6 +176,22 @@ def function_source(functions: Functions, split, *, shot, query_shot, seed):
   return Source(draw, decode, (), 0)
 
 
+def grouped(source, group):
+  """The same episodes, `group` after one another at a time: batches and episodes have a second axis of them."""
+  if group == 1:
+    return source
+
+  def sample(start, count):
+    batch = source.sample(start * group, count * group)
+    return jax.tree.map(lambda x: x.reshape(count, group, *x.shape[1:]), batch)
+
+  def decode(resident, batch):
+    episodes = source.decode(resident, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch))
+    return jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), episodes)
+
+  return source._replace(sample=sample, decode=decode)
+
+
 def make_source(data, split, *, way, shot, query_shot, seed, placement='auto', augment=(), normalize='none'):
   """Episodes of one split, from a table of images or from functions; arguments as for those two.
 

@@ -17,14 +17,14 @@ class Conv4(nn.Module):
   as in the original. The convolutions have no bias: in front of batch normalisation it would cancel.
   """
 
-  num_outputs: int
+  num_outputs: int | None
   width: int = 64
   downsample: str = 'pool'
   dtype: Any = None
 
   @nn.compact
   def __call__(self, x):
-    """Maps images (n, h, w, c) to logits (n, num_outputs)."""
+    """Maps images (n, h, w, c) to logits (n, num_outputs), or to features (n, d) if there are no outputs."""
     pool = self.downsample == 'pool'
     if pool and min(x.shape[1:3]) < 16:
       raise UserError(f'images of {x.shape[1]} x {x.shape[2]} pixels are too small to be pooled four times')
@@ -33,11 +33,13 @@ class Conv4(nn.Module):
       x = layers.ConvBlock(self.downsample, dtype=self.dtype, name=f'norm{i}')(x, kernel)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     x = x.reshape(x.shape[0], -1) if pool else x.mean(axis=(1, 2))
+    if self.num_outputs is None:
+      return x
     return nn.Dense(self.num_outputs, kernel_init=nn.initializers.glorot_uniform(), name='head')(x)
 
 
 def make(num_outputs, *, width=64, downsample='pool', bfloat16=False):
-  """Conv4 of `width` filters.
+  """Conv4 of `width` filters, without a head if `num_outputs` is None.
 
   `downsample` is 'pool' (2x2 max pooling, flattened) or 'stride' (2, averaged). `bfloat16` is for products and
   activations of the four blocks; parameters, statistics and the head stay float32.

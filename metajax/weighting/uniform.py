@@ -9,6 +9,6 @@ def make():
   """The plain mean over tasks."""
   return TaskWeighting(
     init=lambda rng: {},
-    coefficients=lambda state, class_ids: jnp.ones(class_ids.shape[0]),
-    update=lambda state, losses, class_ids, rng: (state, {}),
+    coefficients=lambda state, classes: jnp.ones(len(classes)),
+    update=lambda state, losses, classes, rng: (state, {}),
   )
