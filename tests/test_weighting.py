@@ -229,7 +229,7 @@ def test_over_all_signs_the_estimate_is_the_gradient_of_a_quadratic(radius):
 
 @pytest.mark.parametrize('space', ['relative', 'log'])
 def test_steps_in_units_of_the_weights_follow_the_losses(space):
-  """The objective's minimum is at w^2 = L; from there and above it weights of any size come to it, and stay positive."""
+  """The objective's minimum is at w^2 = L."""
   weighting = spsa.make(tasks=4, gain=('constant', 0.1), radius=('constant', 0.1), space=space, initial=2.0)
   update = jax.jit(weighting.update)
   state = weighting.init(None)
