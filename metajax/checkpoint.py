@@ -21,41 +21,59 @@ class Checkpoints:
 
   State is written as host arrays, so a checkpoint does not depend on how many devices there were. Of several processes
   process 0 alone has them.
+
+  Args:
+    workdir: folder of the run.
+    read_only: change nothing on disk, so that a run may be using the workdir; needs no permission to write, and no
+      checkpoints to be there. Only to look and to restore.
   """
 
-  def __init__(self, workdir):
+  def __init__(self, workdir, read_only=False):
     self.directory = Path(workdir).absolute() / 'checkpoints'
-    self.directory.mkdir(parents=True, exist_ok=True)
-    self._set_unscored_aside()
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=_LatestAndBest(),
-      best_fn=lambda metrics: metrics['score'],  # never called: it makes the manager keep the metrics
-      cleanup_tmp_directories=True,
-      # Only process 0 has checkpoints: those of others must not be waited for, and then Orbax makes no folder.
-      multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}),
-      create=False,
+    # Only process 0 has checkpoints: those of others must not be waited for, and then Orbax makes no folder.
+    options = {
+      'multiprocessing_options': ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}),
+      'create': False,
+    }
+    if read_only:
+      # Lightly: the manager would stop at a damaged score, and at a checkpoint that a run is just removing.
+      options |= {'read_only': True, 'save_interval_steps': 0, 'lightweight_initialize': True}
+    else:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      self._set_unscored_aside()
+      options |= {
+        'preservation_policy': _LatestAndBest(),
+        'best_fn': lambda metrics: metrics['score'],  # never called: it makes the manager keep the metrics
+        'cleanup_tmp_directories': True,
+      }
+    self._manager = ocp.CheckpointManager(
+      self.directory, options=ocp.CheckpointManagerOptions(**options), item_names=('state', 'checksum')
     )
-    self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=('state', 'checksum'))
 
   def save(self, state, score=None):
     """Starts writing `state`; `score` is its validation score, higher is better, None if there is none."""
     state = jax.tree.map(np.array, jax.device_get(state))  # copies: the step reuses the memory of its state
+    checksum = {'crc32': {field: _checksum(value) for field, value in state._asdict().items()}}
     with _disk_errors(self.directory):
       self._manager.save(
         int(state.step),
-        args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), checksum=ocp.args.JsonSave({'crc32': _checksum(state)})
-        ),
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state), checksum=ocp.args.JsonSave(checksum)),
         metrics={'score': None if score is None else float(score)},
       )
 
   def restore(self, step, like):
     """The state of a step, shaped as the pytree `like`; raises whatever reading a damaged one raises."""
     like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+    return self._restore(step, like, like._fields)
+
+  def _restore(self, step, like, fields):
+    """The state of a step, of which `fields` are checked; without `like` as nested dicts, lists and NumPy arrays."""
     args = ocp.args.Composite(state=ocp.args.StandardRestore(like), checksum=ocp.args.JsonRestore())
     restored = self._manager.restore(step, args=args)
-    if _checksum(restored.state) != restored.checksum['crc32']:
-      raise ValueError('its checksum does not match')
+    state = restored.state if like is None else restored.state._asdict()
+    for field in fields:
+      if _checksum(state[field]) != restored.checksum['crc32'][field]:
+        raise ValueError(f'the checksum of its {field} does not match')
     return restored.state
 
   def restore_first_sound(self, steps, like):
@@ -64,10 +82,30 @@ class Checkpoints:
     Raises:
       UserError: there are checkpoints, but none can be read. Starting anew would be a silent loss.
     """
+    return self._first_sound(steps, lambda step: self.restore(step, like))
+
+  def best_weights(self):
+    """What the best checkpoint that can be read has learned, whatever else is in it.
+
+    The rest of the state, such as the optimiser's, need not be known and may be damaged.
+
+    Returns:
+      params, model_state: nested dicts of NumPy arrays (sequences as lists), bit by bit as they were saved.
+
+    Raises:
+      UserError: there is no checkpoint, or none can be read.
+    """
+    if not (steps := self.best_steps()):
+      raise UserError(f'{self.directory} holds no checkpoint yet: train first')
+    fields = 'params', 'model_state'
+    state, _ = self._first_sound(steps, lambda step: self._restore(step, None, fields))
+    return tuple(state[field] for field in fields)
+
+  def _first_sound(self, steps, read):
     damaged = {}
     for step in steps:
       try:
-        return self.restore(step, like), damaged
+        return read(step), damaged
       except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
         damaged[step] = first_line(error)
         print(f'checkpoint {self.directory / str(step)} cannot be read ({damaged[step]}): trying the next')
@@ -88,8 +126,8 @@ class Checkpoints:
       if not folder.name.isdigit():
         continue  # being written when the run was killed: the manager removes it
       try:
-        json.loads((folder / 'metrics' / 'metrics').read_text())['score']
-      except (OSError, ValueError, KeyError, TypeError) as error:
+        _read_score(folder)
+      except _NO_SCORE as error:
         print(f'checkpoint {folder} cannot be read (its score: {first_line(error)}): moved to damaged_checkpoints')
         self._move_aside(folder)
 
@@ -107,7 +145,14 @@ class Checkpoints:
 
   def best_steps(self):
     """Steps of all checkpoints, the best by validation first, those never validated last."""
-    return sorted(self.steps(), key=lambda step: _rank(self._manager.metrics(step), step), reverse=True)
+    ranks = []
+    for step in self.steps():
+      folder = self.directory / str(step)
+      try:
+        ranks.append(_rank(_read_score(folder), step))
+      except _NO_SCORE as error:  # only where they are not set aside, or a run has just removed it
+        print(f'checkpoint {folder} cannot be read (its score: {first_line(error)}): left out')
+    return [step for _, step in sorted(ranks, reverse=True)]
 
   def close(self):
     """Waits until everything is on disk."""
@@ -121,22 +166,31 @@ class _LatestAndBest:
   def should_preserve(self, checkpoints, *, context):
     del context
     latest = [info.step for info in checkpoints][-_KEEP_LATEST:]
-    scored = [info for info in checkpoints if info.metrics and info.metrics['score'] is not None]
-    best = sorted(_rank(info.metrics, info.step) for info in scored)[-_KEEP_BEST:]
+    scores = [(info.metrics['score'], info.step) for info in checkpoints if info.metrics]
+    best = sorted(_rank(score, step) for score, step in scores if score is not None)[-_KEEP_BEST:]
     kept = {*latest, *(step for _, step in best)}
     return [info.step in kept for info in checkpoints]
 
 
-def _rank(metrics, step):
+_NO_SCORE = OSError, ValueError, KeyError, TypeError  # what reading a damaged score raises
+
+
+def _read_score(folder):
+  """The validation score of a checkpoint, None if it was not validated."""
+  return json.loads((folder / 'metrics' / 'metrics').read_text())['score']
+
+
+def _rank(score, step):
   """What to sort by: validation score, later first among equals; never validated comes last."""
-  score = metrics['score'] if metrics else None
   return (score if score is not None and np.isfinite(score) else -np.inf, step)
 
 
-def _checksum(state):
+def _checksum(tree):
+  """Of all leaves, in an order that does not depend on whether a NamedTuple has become a dict."""
+  leaves = {jax.tree_util.keystr(path, simple=True, separator='/'): x for path, x in jax.tree.leaves_with_path(tree)}
   crc = 0
-  for leaf in jax.tree.leaves(state):
-    crc = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), crc)
+  for name in sorted(leaves):
+    crc = zlib.crc32(np.ascontiguousarray(leaves[name]).tobytes(), crc)
   return crc
 
 

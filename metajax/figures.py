@@ -264,6 +264,48 @@ def regression_curves(path, tasks):
   _save(fig, path)
 
 
+@matplotlib.rc_context(STYLE)
+def comparison(path, names, values, ci95, differences, differences_ci95, *, paired, quantity):
+  """Draws runs one below the other: their means, and beside them the differences to the first run.
+
+  Args:
+    path: where the PNG goes.
+    names: (runs,) str, the first on top.
+    values: (runs,) accuracy as fractions, or losses.
+    ci95: (runs,) half widths of the 95 % intervals.
+    differences: (runs - 1,) of the others to the first run.
+    differences_ci95: (runs - 1,) half widths.
+    paired: (runs - 1,) bool: whether a difference is one on the same episodes; the others are drawn hollow. Those whose
+      interval holds zero are grey.
+    quantity: 'accuracy' or 'loss'.
+  """
+  scale, label = (100, 'accuracy (%)') if quantity == 'accuracy' else (1, 'mean squared error')
+  values, ci95, differences, differences_ci95 = (
+    np.multiply(x, scale) for x in (values, ci95, differences, differences_ci95)
+  )
+  fig = Figure(figsize=(11, 2.2 + 0.4 * len(names)), layout='constrained')
+  left, right = fig.subplots(1, 2, sharey=True)
+  bars = {'linestyle': 'none', 'markersize': 7, 'elinewidth': 1.8, 'capsize': 4}
+  handles = {'mean, 95 % interval': left.errorbar(values, np.arange(len(names)), xerr=ci95, fmt='o', color=INK, **bars)}
+  right.axvline(0, color=GREY, linestyle='--', linewidth=1.4)
+  for row, (difference, half, pair) in enumerate(zip(differences, differences_ci95, paired, strict=True), 1):
+    zero = abs(difference) <= half
+    color, face = GREY if zero else BLUE, 'white' if not pair else GREY if zero else BLUE
+    bar = right.errorbar(difference, row, xerr=half, fmt='o', color=color, markerfacecolor=face, **bars)
+    kind = f'{"" if pair else "un"}paired difference, 95 % interval'
+    handles.setdefault(f'{kind}{" with zero" if zero else ""}', bar)
+  left.set_yticks(np.arange(len(names)), [_short(name, 40) for name in names])
+  left.set_ylim(len(names) - 0.4, -0.6)
+  left.set(title='Test episodes', xlabel=label)
+  right.set(title=f'Difference to {_short(names[0])}', xlabel=label)
+  for ax in (left, right):
+    ax.tick_params(axis='y', length=0)
+    ax.margins(x=0.08)
+    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+  fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=min(len(handles), 3))
+  _save(fig, path)
+
+
 def _series(records, key, scale):
   """The values of a key by step: (n,) steps, (n,) values; where a step was recorded twice the later record counts."""
   found = {r['step']: r[key] for r in records if r.get(key) is not None and np.isfinite(r[key])}

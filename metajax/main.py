@@ -35,12 +35,7 @@ from metajax.errors import NO_ROOM, UserError, first_line
 
 def main(argv=None):
   """Runs a command line; returns the exit status: 2 with one line on stderr for what a user can mend."""
-  logging.basicConfig(format='%(message)s', stream=sys.stdout, force=True)
-  logging.getLogger('metajax').setLevel(logging.INFO)
-  absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs the tracebacks of errors that it raises as well
-  # A program that was compiled once is read from disk when a run is started again; a run has few, so all are kept.
-  jax.config.update('jax_compilation_cache_dir', str(table.cache_dir() / 'xla'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  set_up()
   try:
     options, overrides = parse(sys.argv if argv is None else argv)
     if place := processes.find_place(options.coordinator, options.num_processes, options.process_id):
@@ -63,6 +58,16 @@ def main(argv=None):
       raise
     print(line, file=sys.stderr)
     return status
+
+
+def set_up():
+  """What every command that compiles begins with: how to log, and where compiled programs are kept."""
+  logging.basicConfig(format='%(message)s', stream=sys.stdout, force=True)
+  logging.getLogger('metajax').setLevel(logging.INFO)
+  absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs the tracebacks of errors that it raises as well
+  # A program that was compiled once is read from disk when a run is started again; a run has few, so all are kept.
+  jax.config.update('jax_compilation_cache_dir', str(table.cache_dir() / 'xla'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 
 _ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -14,60 +14,136 @@ from metajax.files import write_atomically
 from metajax.progress import readable
 
 _NOTES = 20  # at most so many on what the data set lacks; its manifest has all
+# Settings of the data that say nothing of which test episodes there are: what training alone sees, what stands in the
+# protocol by itself, and in which form the network gets to see the same examples.
+_NO_PROTOCOL = ('name', 'way', 'shot', 'query_shot', 'tasks', 'placement', 'augment', 'normalize', 'oracle')
+
+FOUND = ('batch_norm', 'dataset_notes')  # what of the protocol is no setting, but found when a run is evaluated
 
 
 def test(config, experiment, state, workdir):
-  """Evaluates `state` on the test episodes; process 0 writes `test.json` and figures, and prints the test line."""
-  source = experiment.sources['test']
-  along = experiment.evaluation.trajectory is not None
-  evaluate_fn = evaluate.make(
-    experiment.evaluation,
-    experiment.objective,
-    source,
-    episodes=config.eval.episodes,
-    seed=config.eval.seed,
-    chunk=config.chunk,
-    trajectory=along,
-  )
-  start = time.perf_counter()
-  values = evaluate_fn(state.params, state.model_state, experiment.resident)
-  seconds = time.perf_counter() - start
-  summary = evaluate.summarise(values)
+  """Evaluates `state` on the test episodes; process 0 writes the results and figures, and prints the test line.
 
-  if not np.isfinite(summary['loss']).all():
-    raise UserError('the test diverged: a loss is not finite. Try a smaller config.eval.inner_lr or inner_steps')
+  They are `test_episodes.json`, see `episode_results`, and when that is there `test.json`.
+  """
+  start = time.perf_counter()
+  values = evaluate_test(config, experiment, state)
+  seconds = time.perf_counter() - start
   if not processes.is_first():
     return
 
+  each = episode_results(config, experiment, state, values)
+  faced, summary = each['protocol'], evaluate.summarise(values)
   classification = 'accuracy' in summary
-  names = ('way', 'shot', 'query_shot') if classification else ('shot', 'query_shot')
-  protocol = {name: config.data[name] if config.eval[name] is None else config.eval[name] for name in names}
-  steps = config.algorithm.get('inner_steps') if config.eval.inner_steps is None else config.eval.inner_steps
-  result = {name: float(value[-1] if along else value) for name, value in summary.items()}
-  result |= {'episodes': config.eval.episodes, **protocol, 'inner_steps': steps}
+  result = {name: float(value[-1] if value.ndim else value) for name, value in summary.items()}
+  result |= {'episodes': faced['episodes'], 'way': faced['way'] if classification else None}
+  result |= {'shot': faced['shot'], 'query_shot': faced['query_shot'], 'inner_steps': each['inner_steps']}
   if classification:
-    result['batch_norm'] = config.algorithm.get('batch_norm') if state.model_state else 'no'
-    result['classes'] = source.num_classes
+    result['batch_norm'] = faced['batch_norm']
+    result['classes'] = experiment.sources['test'].num_classes
   result |= {
     'split': 'test',
-    'dataset': config.data.name,
-    'dataset_notes': list(getattr(experiment.splits['test'], 'notes', ())[:_NOTES]) or None,
+    'dataset': faced['dataset'],
+    'dataset_notes': faced['dataset_notes'][:_NOTES] or None,
     'algorithm': config.algorithm.name,
     'model': config.model.name,
-    'checkpoint_step': int(state.step),
+    'checkpoint_step': each['checkpoint_step'],
     'seconds': round(seconds, 2),
     'seed': config.seed,
-    'episode_seed': config.eval.seed,
-    'augment': list(config.eval.augment) or None,
+    'episode_seed': faced['episode_seed'],
+    'augment': faced['augment'] or None,
   }
-  if along:
+  if summary['loss'].ndim:
     result['by_inner_step'] = {name: value.tolist() for name, value in summary.items()}
   result = {name: value for name, value in result.items() if value is not None}
 
+  write_atomically(Path(workdir) / 'test_episodes.json', json.dumps(each) + '\n')
   write_atomically(Path(workdir) / 'test.json', json.dumps(result, indent=2) + '\n')
   draw(experiment, state, result, Path(workdir) / 'figures')
   print(f'figures: {Path(workdir) / "figures"}')
   print(test_line(result), flush=True)
+
+
+def evaluate_test(config, experiment, state):
+  """Evaluates `state` on the test episodes.
+
+  Returns:
+    {metric: (episodes,) float32, or (episodes, inner steps + 1) where the algorithm has an inner loop to watch}.
+
+  Raises:
+    UserError: a loss is not finite.
+  """
+  evaluate_fn = evaluate.make(
+    experiment.evaluation,
+    experiment.objective,
+    experiment.sources['test'],
+    episodes=config.eval.episodes,
+    seed=config.eval.seed,
+    chunk=config.chunk,
+    trajectory=experiment.evaluation.trajectory is not None,
+  )
+  values = evaluate_fn(state.params, state.model_state, experiment.resident)
+  if not np.isfinite(values['loss']).all():
+    raise UserError('the test diverged: a loss is not finite. Try a smaller config.eval.inner_lr or inner_steps')
+  return values
+
+
+def protocol(config):
+  """The settings that decide which test episodes a run faces and what it is given of them.
+
+  Of a setting that lists splits, such as Omniglot's `rotations`, the test split alone counts.
+
+  Returns:
+    a flat dict of JSON's types.
+  """
+  settings = {name: value for name, value in config.data.items() if name not in _NO_PROTOCOL}
+  for name, value in settings.items():
+    if isinstance(value, tuple) and set(value) <= {'train', 'val', 'test'}:
+      settings[name] = [split for split in value if split == 'test']
+  of_test = {
+    'dataset': config.data.name,
+    **{f'data.{name}': value for name, value in settings.items()},
+    **{name: _chosen(config, 'data', name) for name in ('way', 'shot', 'query_shot')},
+    'split': 'test',
+    'episodes': config.eval.episodes,
+    'episode_seed': config.eval.seed,
+    'augment': config.eval.augment,
+  }
+  return json.loads(json.dumps(of_test))  # as it comes back from a file
+
+
+def inner_loop(config):
+  """The inner loop's settings in evaluation; None for those that the algorithm has not."""
+  return {name: _chosen(config, 'algorithm', name) for name in ('inner_steps', 'inner_lr')}
+
+
+def _chosen(config, group, name):
+  return config[group].get(name) if config.eval[name] is None else config.eval[name]
+
+
+def episode_results(config, experiment, state, values):
+  """What `test_episodes.json` holds.
+
+  Args:
+    config: complete.
+    experiment: of the config.
+    state: TrainState that was evaluated.
+    values: see `evaluate_test`.
+
+  Returns:
+    a dict of JSON's types: 'protocol', what `protocol` returns and besides 'batch_norm' (None in regression) and
+    'dataset_notes', all that the data set lacks; 'inner_steps', 'inner_lr', 'checkpoint_step'; and 'accuracy'
+    (fractions), in regression 'loss', of each episode after the last inner step, a list as long as there are episodes.
+  """
+  quantity = 'accuracy' if 'accuracy' in values else 'loss'
+  batch_norm = config.algorithm.get('batch_norm') if state.model_state else 'no'
+  found = batch_norm if quantity == 'accuracy' else None, list(getattr(experiment.splits['test'], 'notes', ()))
+  return {
+    'protocol': {**protocol(config), **dict(zip(FOUND, found, strict=True))},
+    **inner_loop(config),
+    'checkpoint_step': int(state.step),
+    quantity: values[quantity].reshape(config.eval.episodes, -1)[:, -1].tolist(),
+  }
 
 
 def test_line(result):

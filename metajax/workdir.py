@@ -106,5 +106,6 @@ def keep_config(workdir, config):
 
 
 def forget_test(workdir):
-  """Removes the `test.json` of a shorter run, so that there is one when this one is done and not before."""
-  (Path(workdir) / 'test.json').unlink(missing_ok=True)
+  """Removes the test results of a shorter run, so that there are some when this one is done and not before."""
+  for name in ('test.json', 'test_episodes.json'):
+    (Path(workdir) / name).unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from metajax import writer
@@ -14,11 +15,15 @@ from metajax.errors import UserError
 class State(NamedTuple):
   step: Any
   params: Any
+  model_state: Any
+  opt_state: Any
 
 
 def state_at(step):
   values = np.random.default_rng(step).normal(size=(64, 64)).astype(np.float32)
-  return State(jnp.int32(step), {'w': jnp.asarray(values), 'b': jnp.arange(3)})
+  params = {'w': jnp.asarray(values), 'b': jnp.arange(3)}
+  model_state = {'norm': {'mean': jnp.full(3, 0.1 * step)}}
+  return State(jnp.int32(step), params, model_state, optax.adam(1e-3).init(params))
 
 
 def assert_same(a, b):
@@ -126,10 +131,84 @@ def test_nothing_is_lost_when_no_checkpoint_can_be_read(tmp_path):
   checkpoints.save(state_at(1))
   checkpoints.close()
   checkpoints = Checkpoints(tmp_path)
-  other = State(jnp.int32(0), {'w': jnp.zeros((2, 2))})
+  other = state_at(0)._replace(params={'w': jnp.zeros((2, 2))})
   with pytest.raises(UserError, match=r'no checkpoint in .* can be read'):
     checkpoints.restore_first_sound(checkpoints.steps(), other)
   assert checkpoints.steps() == [1]
+  checkpoints.close()
+
+
+def listing(folder):
+  return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [folder, *folder.rglob('*')]}
+
+
+def test_read_only_changes_nothing_on_disk(tmp_path, capsys):
+  checkpoints = Checkpoints(tmp_path)
+  for step, score in ((1, 0.5), (2, 0.7), (3, 0.6)):
+    checkpoints.save(state_at(step), score)
+  checkpoints.close()
+  (tmp_path / 'checkpoints' / '4.orbax-checkpoint-tmp-0' / 'state').mkdir(parents=True)  # as if being written
+  truncate(tmp_path / 'checkpoints' / '2' / 'metrics' / 'metrics')
+  before = listing(tmp_path)
+  checkpoints = Checkpoints(tmp_path, read_only=True)
+  assert checkpoints.steps() == [3, 2, 1] and checkpoints.best_steps() == [3, 1]
+  assert f'checkpoint {tmp_path}/checkpoints/2 cannot be read (its score' in capsys.readouterr().out
+  assert_same(checkpoints.restore(3, state_at(0)), state_at(3))
+  checkpoints.best_weights()
+  checkpoints.close()
+  assert listing(tmp_path) == before
+
+
+def test_read_only_where_there_are_no_checkpoints(tmp_path):
+  checkpoints = Checkpoints(tmp_path / 'none', read_only=True)
+  assert checkpoints.steps() == checkpoints.best_steps() == []
+  with pytest.raises(UserError, match='holds no checkpoint yet'):
+    checkpoints.best_weights()
+  checkpoints.close()
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_best_weights_are_those_saved_and_need_nothing_of_the_rest(tmp_path):
+  class Pair(NamedTuple):
+    second: Any  # not in the order of the alphabet
+    first: Any
+
+  params = {'pair': Pair(jnp.float32(np.pi), jnp.arange(3)), 'steps': tuple(jnp.float32(k) for k in range(12))}
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(state_at(1)._replace(params=params, model_state={}, opt_state=()), 0.9)
+  checkpoints.save(state_at(2), 0.1)
+  checkpoints.close()
+  checkpoints = Checkpoints(tmp_path, read_only=True)
+  found, model_state = checkpoints.best_weights()
+  expected = {'pair': params['pair']._asdict(), 'steps': list(params['steps'])}
+  assert_same(found, jax.tree.map(np.asarray, expected))
+  assert model_state == {} and all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
+  checkpoints.close()
+
+
+@pytest.mark.parametrize('field', ['params', 'model_state'])
+def test_best_weights_are_of_the_best_that_is_sound(tmp_path, capsys, field):
+  checkpoints = Checkpoints(tmp_path)
+  for step, score in ((1, 0.5), (2, 0.8), (3, 0.6)):
+    checkpoints.save(state_at(step), score)
+  checkpoints.close()
+
+  def damage(step, field):
+    path = tmp_path / 'checkpoints' / str(step) / 'checksum' / 'metadata'
+    checksum = json.loads(path.read_text())
+    checksum['crc32'][field] ^= 1
+    path.write_text(json.dumps(checksum))
+
+  damage(2, field)
+  damage(3, 'opt_state')  # is not asked for
+  checkpoints = Checkpoints(tmp_path, read_only=True)
+  params, model_state = checkpoints.best_weights()
+  assert_same([params, model_state], [state_at(3).params, state_at(3).model_state])
+  assert f'checkpoints/2 cannot be read (the checksum of its {field} does not match)' in capsys.readouterr().out
+  for step in (1, 3):
+    damage(step, field)
+  with pytest.raises(UserError, match=r'no checkpoint in .* can be read'):
+    checkpoints.best_weights()
   checkpoints.close()
 
 

@@ -1,0 +1,439 @@
+"""Compares trained runs on the same fixed test episodes.
+
+python -m metajax.compare RUN RUN ... [--markdown=FILE] [--csv=FILE] [--figure=FILE.png]
+
+  RUN          DIR, NAME=DIR, or NAME=DIR1,DIR2,DIR3 for several seeds of one method: workdirs, a row of the table;
+               the others are compared with the first
+  --episodes   how many test episodes; by default as many as the runs' configs say
+  --data_dir   where archives of data sets lie or go; $METAJAX_DATA, else ~/metajax_data
+  --mixed      compare runs of different protocols too: episodes, way, shot, batch norm and so on
+  --markdown   write the table as Markdown
+  --csv        write fractions in full precision, and the protocol
+  --figure     draw means and differences
+
+What a run's test left in test_episodes.json is read; where it does not fit, the best checkpoint is evaluated. Nothing
+in the workdirs is changed, so a run may be training still.
+
+The intervals, 1.96 std / sqrt(episodes), cover the choice of test episodes and not the randomness of training: another
+seed may well fall outside. Differences are taken on each episode, which is as hard for one run as for the other, and
+are therefore known better than either mean. For several seeds an episode's values are averaged first; how much the
+seeds themselves differ is told by the standard deviation of their means, with n - 1.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from metajax import config as config_lib
+from metajax import evaluate, figures, parallel, report, train
+from metajax import workdir as workdir_lib
+from metajax.checkpoint import Checkpoints
+from metajax.errors import UserError, first_line
+from metajax.files import write_atomically
+from metajax.main import data_folder, explain, set_up
+
+_NOT_OF_EPISODES = ('batch_norm', 'augment')  # what of the protocol leaves an episode's classes and images as they are
+
+
+class Run(NamedTuple):
+  """One workdir."""
+
+  workdir: str
+  config: Any
+  protocol: dict  # see `report.episode_results`
+  quantity: str  # 'accuracy' or 'loss'
+  values: np.ndarray  # (episodes,) float32
+  checkpoint_step: int
+  latest_step: int | None  # None without checkpoints
+
+
+class Row(NamedTuple):
+  """One method: means over episodes, and the half widths of their 95 % intervals. None where there is nothing."""
+
+  name: str
+  runs: list[Run]
+  mean: float
+  ci95: float
+  difference: float | None  # to the first row
+  difference_ci95: float | None
+  paired: bool | None  # whether the difference is one on the same episodes
+  seeds_std: float | None  # of the seeds' means
+  seedwise: float | None  # mean over seeds of the differences between the k-th seeds
+  seedwise_std: float | None
+
+
+def main(argv=None):
+  """Runs a command line; returns the exit status: 2 with one line on stderr for what a user can mend."""
+  set_up()
+  try:
+    options, named = parse(sys.argv if argv is None else argv)
+    configs = {folder: _config(folder, options.episodes) for folders in named.values() for folder in folders}
+    parallel.use_cores(min(config.eval.episodes for config in configs.values()))
+    settings = {folder: report.protocol(config) for folder, config in configs.items()}
+    _check(settings, named, options.mixed)  # before anything is evaluated
+    runs = {folder: read(folder, config, options.data_dir) for folder, config in configs.items()}
+    _check({folder: run.protocol for folder, run in runs.items()}, named, options.mixed)
+    rows = compare({name: [runs[folder] for folder in folders] for name, folders in named.items()})
+    print(as_text(rows))
+    for file, write in ((options.markdown, _write_markdown), (options.csv, _write_csv), (options.figure, _draw)):
+      if file:
+        _save(file, write, rows)
+    return 0
+  except (Exception, KeyboardInterrupt) as error:
+    status, line = explain(error)
+    if line is None:
+      raise
+    print(line, file=sys.stderr)
+    return status
+
+
+def parse(argv):
+  """Splits a command line into flags with their defaults filled in, and {name: workdirs} in the order of the rows."""
+  values = flags.FlagValues()
+  for name in ('data_dir', 'markdown', 'csv', 'figure'):
+    flags.DEFINE_string(name, None, '', flag_values=values)
+  flags.DEFINE_integer('episodes', None, '', lower_bound=1, flag_values=values)
+  flags.DEFINE_bool('mixed', False, '', flag_values=values)
+  flags.DEFINE_bool('help', False, '', short_name='h', flag_values=values)
+  try:
+    rest = values(argv)[1:]
+  except flags.Error as error:
+    raise UserError(f'command line: {first_line(error)}') from None
+  if values.help:
+    print(__doc__)
+    sys.exit(0)
+  if values.figure and not values.figure.endswith('.png'):
+    raise UserError(f'command line: --figure={values.figure}: the name of a PNG file ends in .png')
+  named, seen = {}, {}
+  for argument in rest:
+    name, folders = _name_and_folders(argument)
+    for folder in folders:
+      if (place := Path(folder).resolve()) in seen:
+        raise UserError(f'command line: {folder} is the same folder as {seen[place]}: name it once')
+      seen[place] = folder
+    if name in named:
+      raise UserError(f'command line: two runs are called {name}: name them, as in NAME={folders[0]}')
+    named[name] = folders
+  if len(named) < 2:
+    raise UserError('command line: two workdirs at least are needed, as in python -m metajax.compare runs/a runs/b')
+  values.data_dir = data_folder(values.data_dir)
+  return values, named
+
+
+def _name_and_folders(argument):
+  """Reads DIR, NAME=DIR or NAME=DIR1,DIR2; folders may have '=' and ',' in their names, as default workdirs do."""
+  name, equals, text = argument.partition('=')
+  if Path(argument).is_dir() or not equals or '/' in name:
+    return Path(argument).resolve().name, [argument]
+  pieces, folders = text.split(','), []
+  while pieces:  # the longest that is a folder, else up to the next comma
+    lengths = range(len(pieces), 0, -1)
+    length = next((k for k in lengths if Path(','.join(pieces[:k])).is_dir()), 1)
+    folders.append(','.join(pieces[:length]))
+    pieces = pieces[length:]
+  if not name or '' in folders:
+    raise UserError(f'command line: {argument!r} is none of DIR, NAME=DIR and NAME=DIR1,DIR2')
+  return name, folders
+
+
+def _config(folder, episodes):
+  if not (Path(folder) / 'config.json').exists():
+    raise UserError(f'{folder} holds no run (no config.json): train first, or name another folder')
+  config = workdir_lib.read_config(folder)
+  return config if episodes is None else config_lib.override(config, [f'--config.eval.episodes={episodes}'])
+
+
+def read(folder, config, data_dir):
+  """A run's values on its test episodes, from `test_episodes.json` or by evaluating its best checkpoint.
+
+  Args:
+    folder: the workdir.
+    config: its config, complete; `eval.episodes` may be another number.
+    data_dir: where archives of data sets lie.
+
+  Returns:
+    Run.
+
+  Raises:
+    UserError: it is untrained, or cannot be evaluated.
+  """
+  with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
+    steps, best = checkpoints.steps(), checkpoints.best_steps()
+    result, why_not = _stored(folder, config, best[0] if best else None)
+    if result is None:
+      if not best:
+        raise UserError(f'{folder} holds no checkpoint to evaluate, and {why_not}: train first')
+      print(f'{folder}: {why_not}: evaluating its best checkpoint', flush=True)
+      try:
+        experiment = train.make_experiment(config, data_dir, ('train', 'test'))
+        state = train.load_best(checkpoints, experiment, config)
+        values = report.evaluate_test(config, experiment, state)
+      except UserError as error:
+        raise UserError(f'{folder}: {error}') from error
+      result = report.episode_results(config, experiment, state, values)
+  quantity = _quantity(result)
+  return Run(
+    folder,
+    config,
+    {**result['protocol'], 'episodes': config.eval.episodes},
+    quantity,
+    np.array(result[quantity][: config.eval.episodes], np.float32),
+    result['checkpoint_step'],
+    steps[0] if steps else None,
+  )
+
+
+def _stored(folder, config, best_step):
+  """What `test_episodes.json` holds, or None and why it will not do."""
+  path = Path(folder) / 'test_episodes.json'
+  try:
+    stored = json.loads(path.read_text())
+    faced, values = dict(stored['protocol']), np.array(stored[_quantity(stored)], np.float32)
+    if values.shape != (faced['episodes'],) or not np.isfinite(values).all():
+      raise ValueError('not one number for each episode')
+    for name in report.FOUND:
+      del faced[name]
+    step, inner_loop = int(stored['checkpoint_step']), {name: stored[name] for name in report.inner_loop(config)}
+  except FileNotFoundError:
+    return None, 'there is no test_episodes.json'
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    return None, f'test_episodes.json is damaged ({type(error).__name__}: {first_line(error)})'
+  wanted = {**report.protocol(config), **report.inner_loop(config)}
+  stale = [name for name in _differing([wanted, {**faced, **inner_loop}]) if name != 'episodes']
+  if stale:
+    return None, f'test_episodes.json is of another {" and ".join(stale)}'
+  if len(values) < config.eval.episodes:  # of more, the first are the same ones
+    return None, f'test_episodes.json has {len(values)} of {config.eval.episodes} episodes'
+  if best_step not in (None, step):
+    return None, f'test_episodes.json is of checkpoint {step}, and now {best_step} is the best'
+  return stored, None
+
+
+def _quantity(result):
+  return 'accuracy' if 'accuracy' in result else 'loss'
+
+
+def _check(protocols, named, mixed):
+  """Raises UserError where the protocols {folder: protocol} may not be compared."""
+  if not mixed:
+    _refuse(protocols, '; --mixed compares nevertheless')
+  for name, folders in named.items():
+    _refuse({folder: protocols[folder] for folder in folders}, f': they cannot be one row, {name}')
+
+
+def _refuse(protocols, hint):
+  faults = []
+  for key in _differing(protocols.values()):
+    folders = {}
+    for folder, protocol in protocols.items():
+      folders.setdefault(_brief(protocol.get(key)), []).append(folder)
+    faults.append(f'{key} is ' + ', but '.join(f'{value} in {" and ".join(each)}' for value, each in folders.items()))
+  if faults:
+    raise UserError(f'the protocols differ: {"; ".join(faults)}{hint}')
+
+
+def _differing(protocols):
+  """The keys whose values are not the same in all protocols, in their order."""
+  protocols = list(protocols)
+  keys = dict.fromkeys(key for protocol in protocols for key in protocol)
+  return [key for key in keys if any(protocol.get(key) != protocols[0].get(key) for protocol in protocols)]
+
+
+def _brief(value):
+  text = json.dumps(value)
+  return text if len(text) <= 60 else f'{text[:57]}...'
+
+
+def compare(methods):
+  """Compares methods on their test episodes.
+
+  Args:
+    methods: {name: [Run]}, the runs of one name on the same episodes.
+
+  Returns:
+    [Row], the first of which the others are compared with.
+
+  Raises:
+    UserError: one's accuracy would be compared with another's loss.
+  """
+  quantities = {runs[0].quantity: name for name, runs in methods.items()}
+  if len(quantities) > 1:
+    raise UserError(f'accuracy ({quantities["accuracy"]}) cannot be compared with loss ({quantities["loss"]})')
+  first = next(iter(methods.values()))
+  seedwise = len(first) > 1 and all(len(runs) == len(first) for runs in methods.values())
+  return [_row(name, runs, None if runs is first else first, seedwise) for name, runs in methods.items()]
+
+
+def _row(name, runs, first, seedwise):
+  mean, ci95 = _interval(_episodes(runs))
+  means = _seeds(runs)
+  row = Row(name, runs, mean, ci95, None, None, None, means.std(ddof=1) if len(runs) > 1 else None, None, None)
+  if first is None:
+    return row
+  paired = set(_differing([first[0].protocol, runs[0].protocol])) <= set(_NOT_OF_EPISODES)
+  if paired:
+    difference, difference_ci95 = _interval(_episodes(runs) - _episodes(first))
+  else:
+    first_mean, first_ci95 = _interval(_episodes(first))
+    difference, difference_ci95 = mean - first_mean, np.hypot(ci95, first_ci95)
+  row = row._replace(difference=difference, difference_ci95=difference_ci95, paired=paired)
+  if seedwise:
+    differences = means - _seeds(first)
+    row = row._replace(seedwise=differences.mean(), seedwise_std=differences.std(ddof=1))
+  return row
+
+
+def _episodes(runs):
+  """(episodes,) float64, averaged over the seeds."""
+  return np.mean([run.values for run in runs], axis=0, dtype=np.float64)
+
+
+def _seeds(runs):
+  """(seeds,) float64, averaged over the episodes."""
+  return np.array([run.values.mean(dtype=np.float64) for run in runs])
+
+
+def _interval(values):
+  summary = evaluate.summarise({'mean': values})
+  return summary['mean'], summary['mean_ci95']
+
+
+def as_text(rows):
+  """The protocol, an aligned table and what there is to note about it."""
+  table = _table(rows)
+  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+  lines = [
+    '  '.join([line[0].ljust(widths[0]), *(cell.rjust(k) for cell, k in zip(line[1:], widths[1:], strict=True))])
+    for line in table
+  ]
+  return '\n'.join([protocol_line(rows), '', *lines, *(['', *notes(rows)] if notes(rows) else [])])
+
+
+def protocol_line(rows):
+  """What all rows have in common, such as 'omniglot, 5-way, 1-shot, 1 query a class, 600 episodes, test split'."""
+  protocols = [row.runs[0].protocol for row in rows]
+  common = {key: value for key, value in protocols[0].items() if key not in _differing(protocols)}
+  of_class = ' a class' if rows[0].runs[0].quantity == 'accuracy' else ''
+  queries = 'query' if common.get('query_shot') == 1 else 'queries'
+  parts = {
+    'dataset': '{}',
+    'way': '{}-way',
+    'shot': '{}-shot',
+    'query_shot': f'{{}} {queries}{of_class}',
+    'episodes': '{} episodes',
+    'split': '{} split',
+    'batch_norm': '{} batch norm',
+    'episode_seed': 'episode seed {}',
+  }
+  line = [text.format(common[key]) for key, text in parts.items() if common.get(key) is not None]
+  if common.get('augment'):
+    line.append(f'augmented by {" and ".join(common["augment"])}')
+  if common.get('dataset_notes'):
+    line.append('incomplete data set')
+  line += [f'{key}={_brief(value)}' for key, value in common.items() if key.startswith('data.')]
+  return ', '.join(line)
+
+
+def notes(rows):
+  """Sentences for under the table."""
+  lines = []
+  if any(row.paired is False for row in rows):
+    lines.append(
+      f'* unpaired: not the same episodes as {rows[0].name}; half the interval is sqrt(a² + b²) of the two intervals'
+    )
+  for row in rows:
+    for run in row.runs:
+      if run.latest_step is not None and run.latest_step < run.config.total_steps:
+        at = f'step {run.latest_step} of {run.config.total_steps}'
+        lines.append(f'{row.name}: {run.workdir} is not trained to its end ({at})')
+    others = {key for run in row.runs for key in config_lib.differences(row.runs[0].config, run.config)} - {'seed'}
+    if others:
+      lines.append(f'{row.name}: its runs differ in more than their seeds: {", ".join(sorted(others))}')
+  return lines
+
+
+def _table(rows):
+  """The cells of the table, the heads first."""
+  quantity = rows[0].runs[0].quantity
+  scale, unit = (100, ' %') if quantity == 'accuracy' else (1, '')
+  digits = 2 if quantity == 'accuracy' else 4
+
+  def number(value, half=None, sign='', separator='±'):
+    if value is None:
+      return '-'
+    text = f'{scale * value:{sign}.{digits}f}{unit}'
+    return text if half is None else f'{text} {separator} {scale * half:.{digits}f}{unit}'
+
+  columns = {
+    'run': [row.name for row in rows],
+    'seeds': [str(len(row.runs)) for row in rows],
+  }
+  for key in _differing(row.runs[0].protocol for row in rows):
+    columns[key] = [_brief(row.runs[0].protocol.get(key)) for row in rows]
+  columns[quantity if quantity == 'accuracy' else 'mean squared error'] = [number(row.mean, row.ci95) for row in rows]
+  columns[f'difference to {rows[0].name}'] = [
+    number(row.difference, row.difference_ci95, '+') + ' *' * (row.paired is False) for row in rows
+  ]
+  if any(row.seeds_std is not None for row in rows):
+    columns['std of seeds'] = [number(row.seeds_std) for row in rows]
+  if any(row.seedwise is not None for row in rows):
+    columns['difference, seed by seed'] = [number(row.seedwise, row.seedwise_std, '+', 'std') for row in rows]
+  return list(zip(*([head, *cells] for head, cells in columns.items()), strict=True))
+
+
+def _write_markdown(path, rows):
+  head, *lines = ([cell.replace('|', r'\|') for cell in line] for line in _table(rows))
+  table = [head, ['---', *['---:'] * (len(head) - 1)], *lines]
+  text = [protocol_line(rows), '', *(f'| {" | ".join(line)} |' for line in table)]
+  text += [line for note in notes(rows) for line in ('', note.replace('*', r'\*', 1))]
+  write_atomically(path, '\n'.join(text) + '\n')
+
+
+def _write_csv(path, rows):
+  quantity = rows[0].runs[0].quantity
+  keys = dict.fromkeys(key for row in rows for key in row.runs[0].protocol)
+  file = io.StringIO()
+  writer = csv.writer(file, lineterminator='\n')
+  numbers = {
+    quantity: 'mean',
+    f'{quantity}_ci95': 'ci95',
+    **{name: name for name in Row._fields[Row._fields.index('difference') :]},
+  }
+  writer.writerow(['run', 'seeds', *numbers, 'workdirs', 'checkpoint_steps', *keys])
+  for row in rows:
+    values = [getattr(row, field) for field in numbers.values()]
+    of_runs = [[run.workdir for run in row.runs], [run.checkpoint_step for run in row.runs]]
+    protocol = [row.runs[0].protocol.get(key) for key in keys]
+    protocol = [json.dumps(value) if isinstance(value, list) else value for value in protocol]
+    writer.writerow([row.name, len(row.runs), *values, *map(json.dumps, of_runs), *protocol])
+  write_atomically(path, file.getvalue())
+
+
+def _draw(path, rows):
+  figures.comparison(
+    path,
+    [row.name for row in rows],
+    *zip(*((row.mean, row.ci95) for row in rows), strict=True),
+    *zip(*((row.difference, row.difference_ci95) for row in rows[1:]), strict=True),
+    paired=[row.paired for row in rows[1:]],
+    quantity=rows[0].runs[0].quantity,
+  )
+
+
+def _save(path, write, rows):
+  try:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write(path, rows)
+  except OSError as error:
+    raise UserError(f'cannot write {path} ({error.strerror}): name another file') from error
+
+
+if __name__ == '__main__':
+  sys.exit(main())
