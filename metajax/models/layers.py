@@ -87,7 +87,7 @@ class DropBlock(nn.Module):
   Attributes:
     rate: of the entries dropped at last.
     block_size: side of the squares, in pixels.
-    ramp: calls until `rate` is reached, in equal steps.
+    ramp: the call, counted from 1, that reaches `rate`; those before approach it in equal steps.
   """
 
   rate: float
@@ -107,9 +107,9 @@ class DropBlock(nn.Module):
     if self.is_initializing():
       self.put_variable('counters', 'calls', jnp.zeros((), jnp.float32))
     elif self.has_rng('dropout'):
-      calls = self.variable('counters', 'calls').value
+      calls = self.variable('counters', 'calls').value + 1
       if self.is_mutable_collection('counters'):
-        self.put_variable('counters', 'calls', calls + 1)
+        self.put_variable('counters', 'calls', calls)
       probability = seed_probability(ramped(self.rate, calls, self.ramp), self.block_size, h, w)
       n, c, margin = x.shape[0], x.shape[-1], self.block_size - 1
       seeds = jax.random.bernoulli(self.make_rng('dropout'), probability, (n, h - margin, w - margin, c))
