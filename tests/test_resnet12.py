@@ -80,10 +80,9 @@ def for_plain(params):
   return renamed
 
 
-# 35 pixels: 17, 8, 4, 2, with an odd size at the first pooling and the second.
 def test_the_network_is_that_of_flax_with_its_gradient():
   with jax.enable_x64(True):
-    x = draw(0, 2, 35, 35, 2)
+    x = draw(0, 2, 32, 32, 3)
     params, _ = parameters(model := resnet12.make(3, widths=TINY), x)
 
     def ours(params):
@@ -134,61 +133,56 @@ def step_of(model):
   def step(params, counters, x, key):
     def loss(params):
       variables = {'params': params, 'counters': counters}
-      logits, state = model.apply(variables, x, mutable=['counters'], rngs={'dropout': key})
-      return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[:, 0]), state['counters']
+      out, state = model.apply(variables, x, mutable=['counters'], rngs={'dropout': key})
+      return jnp.sum(jnp.sin(out)), state['counters']
 
     return jax.grad(loss, has_aux=True)(params)
 
   return step
 
 
-def assert_sound(grads, counters):
+def test_a_step_with_dropout_on_images_of_84_pixels():
+  x = draw(0, 1, 84, 84, 3).astype(np.float32)
+  params, counters = parameters(model := resnet12.make(3, widths=TINY), x)
+  grads, counters = jax.jit(step_of(model))(params, counters, x, jax.random.key(0))
   assert all(np.isfinite(g).all() and np.any(g != 0) for g in jax.tree.leaves(grads))
   assert counters == {'drop2': {'calls': 1}, 'drop3': {'calls': 1}}
 
 
-def test_a_step_on_images_of_84_pixels():
-  x = draw(0, 1, 84, 84, 3).astype(np.float32)
-  params, counters = parameters(model := resnet12.make(3, widths=TINY), x)
-  assert_sound(*jax.jit(step_of(model))(params, counters, x, jax.random.key(0)))
-
-
-def test_vmap_over_tasks_with_weights_of_their_own_is_a_loop_over_steps():
-  x = draw(0, 2, 3, 32, 32, 3).astype(np.float32)
-  params, counters = parameters(model := resnet12.make(3, widths=TINY, ramp=1), x[0])
-  params, counters = jax.tree.map(lambda p: np.stack([p, p[..., ::-1] if p.ndim else p]), (params, counters))
-  arguments, step = (params, counters, x, jax.random.split(jax.random.key(0), 2)), step_of(model)
-  compiled = jax.jit(step)
-  each = [jax.device_get(compiled(*jax.tree.map(lambda a: a[i], arguments))) for i in range(2)]  # noqa: B023
-  assert_sound(*each[0])
-  assert_same(jax.jit(jax.vmap(step))(*arguments), jax.tree.map(lambda *a: np.stack(a), *each), rtol=1e-3, atol=1e-4)
+def test_vmap_over_tasks_with_weights_and_counters_of_their_own_is_a_loop():
+  x = draw(0, 2, 3, 8, 8, 3).astype(np.float32)
+  model = nn.Sequential([resnet12.ResidualBlock(4), layers.DropBlock(0.5, 2, 10)])
+  params = jax.tree.map(lambda p: np.stack([p, p[..., ::-1]]), parameters(model, x[0])[0])
+  arguments = params, {'layers_1': {'calls': np.float32([2, 9])}}, x, jax.random.split(jax.random.key(0), 2)
+  step = jax.jit(step_of(model))
+  each = [jax.device_get(step(*jax.tree.map(lambda a: a[i], arguments))) for i in range(2)]  # noqa: B023
+  ours = jax.jit(jax.vmap(step))(*arguments)
+  assert_same(ours, jax.tree.map(lambda *a: np.stack(a), *each), rtol=1e-3, atol=1e-4)
+  assert_same(ours[1]['layers_1']['calls'], [3, 10])
 
 
 def test_dropout_is_active_with_a_key_alone_and_counts_such_calls():
-  model = resnet12.make(None, widths=TINY, ramp=4)
+  model = resnet12.make(None, widths=TINY, ramp=1000)
   x = draw(0, 4, 32, 32, 3).astype(np.float32)
-  params, counters = parameters(model, x)
+  params, early = parameters(model, x)
+  late = jax.tree.map(lambda _: np.float32(999), early)
 
-  def run(model, state, key=None):
-    rngs = {} if key is None else {'dropout': key}
-    out, state = model.apply({'params': params, 'counters': state}, x, mutable=['counters'], rngs=rngs)
+  def run(model, counters, **rngs):
+    out, state = model.apply({'params': params, 'counters': counters}, x, mutable=['counters'], rngs=rngs)
     return out, state['counters']
 
   @jax.jit
   def runs(key):
-    without, _ = run(resnet12.make(None, widths=TINY, dropout=0.0), {}, key)
-    still, unmoved = run(model, counters)
-    first, once = run(model, counters, key)
-    again, twice = run(model, once, key)
-    return without, (still, unmoved), (first, once), (again, twice)
+    without, _ = run(resnet12.make(None, widths=TINY, dropout=0.0), {}, dropout=key)
+    return without, run(model, early), run(model, early, dropout=key), run(model, late, dropout=key)
 
-  without, (still, unmoved), (first, once), (again, twice) = runs(jax.random.key(0))
+  without, (still, unmoved), (first, once), (last, thousand) = runs(jax.random.key(0))
   assert_same(still, without)
-  assert unmoved == counters == {'drop2': {'calls': 0}, 'drop3': {'calls': 0}}
+  assert np.any(first != still)  # by plain dropout alone: of DropBlock there is a thousandth
+  assert np.any(last != first)  # by DropBlock alone, as the key is the same
+  assert unmoved == early == {'drop2': {'calls': 0}, 'drop3': {'calls': 0}}
   assert once == {'drop2': {'calls': 1}, 'drop3': {'calls': 1}}
-  assert twice == {'drop2': {'calls': 2}, 'drop3': {'calls': 2}}
-  assert np.any(first != still)
-  assert np.any(again != first)  # the key is the same, but more is dropped
+  assert thousand == {'drop2': {'calls': 1000}, 'drop3': {'calls': 1000}}
 
 
 def test_counters_that_are_not_mutable_are_used_and_stay():
