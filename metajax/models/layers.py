@@ -1,17 +1,23 @@
-"""What few-shot networks are made of: batch normalisation, and blocks of convolution, normalisation and pooling.
+"""What few-shot networks are made of: batch normalisation, blocks of convolution, normalisation and pooling, DropBlock.
 
 Which statistics normalise is the caller's choice, by what `apply` is given, so that there is no flag to forget:
 
 - 'batch_stats' mutable, or absent: those of this batch; if mutable, the collection returns them as they are (the
   learner averages them if it wants running statistics).
 - 'batch_stats' given and not mutable: the given ones, each example by itself.
+
+So it is with dropout, plain or DropBlock: it is active if and only if `rngs` has a key 'dropout'. What grows with the
+number of such calls reads it from the collection 'counters' and, where that is mutable, counts on.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
+from metajax.errors import UserError
 from metajax.models import convolution
 
 _FEW_CHANNELS = 4  # up to so many, convolution and pooling are one
@@ -70,6 +76,78 @@ class ConvBlock(nn.Module):
       x = convolution.top2x2(x, jnp.where(scale >= 0, 1, -1).astype(dtype))
     factor, summand = _factor_and_summand(statistics, scale, bias, self.epsilon)
     return nn.relu(x * factor + summand).astype(dtype)
+
+
+class DropBlock(nn.Module):
+  """DropBlock (Ghiasi et al. 2018): drops squares of each channel, ever more of them up to `rate` of all entries.
+
+  As MetaOptNet's released code has it. Active as the top of this file describes; 'calls' in 'counters' is the number of
+  calls so far, float32 so that it can be averaged over tasks like statistics.
+
+  Attributes:
+    rate: of the entries dropped at last.
+    block_size: side of the squares, in pixels.
+    ramp: the call, counted from 1, that reaches `rate`; those before approach it in equal steps.
+  """
+
+  rate: float
+  block_size: int
+  ramp: int
+
+  @nn.compact
+  def __call__(self, x):
+    """Maps (n, h, w, c) to the same shape.
+
+    Raises:
+      UserError: a square does not fit into the image.
+    """
+    h, w = x.shape[1:3]
+    if self.block_size > min(h, w):
+      raise UserError(f'DropBlock: a map of {h} x {w} pixels has no room for squares of block_size = {self.block_size}')
+    if self.is_initializing():
+      self.put_variable('counters', 'calls', jnp.zeros((), jnp.float32))
+    elif self.has_rng('dropout'):
+      calls = self.variable('counters', 'calls').value + 1
+      if self.is_mutable_collection('counters'):
+        self.put_variable('counters', 'calls', calls)
+      probability = seed_probability(ramped(self.rate, calls, self.ramp), self.block_size, h, w)
+      n, c, margin = x.shape[0], x.shape[-1], self.block_size - 1
+      seeds = jax.random.bernoulli(self.make_rng('dropout'), probability, (n, h - margin, w - margin, c))
+      x = dropped(x, seeds, self.block_size)
+    return x
+
+
+def ramped(rate, calls, ramp):
+  """Growth from 0 by equal steps to `rate`, which it has from `ramp` calls on."""
+  return rate * jnp.minimum(calls / ramp, 1)
+
+
+def seed_probability(rate, block_size, h, w):
+  """Of a pixel to begin a square, among those where one fits, so that about `rate` of h x w pixels are dropped.
+
+  Ghiasi et al. 2018, equation 1; it neglects that squares overlap, so that somewhat fewer are.
+  """
+  return rate / block_size**2 * (h * w) / ((h - block_size + 1) * (w - block_size + 1))
+
+
+def dropped(x, seeds, block_size):
+  """x (n, h, w, c) without the squares that begin at `seeds`, the rest scaled up by the share that is left.
+
+  Args:
+    x: (n, h, w, c).
+    seeds: (n, h - block_size + 1, w - block_size + 1, c), True at the upper left pixel of a square.
+    block_size: side of the squares.
+
+  Returns:
+    (n, h, w, c).
+  """
+  h, w = x.shape[1:3]
+  margin = (block_size - 1, block_size - 1)
+  seeds = jnp.pad(seeds, ((0, 0), margin, margin, (0, 0)))
+  rows = functools.reduce(jnp.logical_or, (seeds[:, i : i + h] for i in range(block_size)))
+  drop = functools.reduce(jnp.logical_or, (rows[:, :, i : i + w] for i in range(block_size)))
+  left = jnp.maximum(x.size - jnp.sum(drop), 1)  # never a division by 0
+  return jnp.where(drop, 0, x * (x.size / left).astype(x.dtype))
 
 
 def _affine(module, features):
