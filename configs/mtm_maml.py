@@ -39,12 +39,14 @@ METHODS = {
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, data='mini_imagenet', way=5, shot=1, method='baseline', steps=0)
+  arg = parse_arg(arg, data='mini_imagenet', way=5, shot=1, method='baseline', steps=4000, baseline_steps=0)
   if arg.method not in METHODS:
     raise UserError(f'--config: method is one of {", ".join(METHODS)}, not {arg.method!r}')
   omniglot, baseline = arg.data == 'omniglot', arg.method == 'baseline'
   config = ml_collections.ConfigDict()
-  config.total_steps = arg.steps or (4000 if not baseline else 60_000 if arg.data == 'cifar_fs' else 30_000)
+  config.total_steps = arg.steps
+  if baseline:
+    config.total_steps = arg.baseline_steps or (60_000 if arg.data == 'cifar_fs' else 30_000)
   config.eval_every = 500 if baseline else 200
   config.checkpoint_every = 100
   config.data = dict(name=arg.data, tasks=4, way=arg.way, shot=arg.shot, query_shot=15)

@@ -159,7 +159,7 @@ def test_sequences():
   'spec', [(), ('power',), ('power', 0.0, 1.0), ('constant', '1'), ('step', 1.0, 0, 0.5), ('x', 1)]
 )
 def test_what_is_no_sequence_is_refused(spec):
-  with pytest.raises(UserError, match='gain = .*is needed'):
+  with pytest.raises(UserError, match=r'gain = .* is needed'):
     spsa.make(tasks=2, gain=spec)
 
 

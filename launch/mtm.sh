@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Task weighting (MTM) on one data set: the baseline, every weighting from its best weights, and their comparison:
+#
+#   launch/mtm.sh configs/mtm_maml.py data=cifar_fs,way=5,shot=1
+#   SEEDS="0 1 2" METHODS="uniform spsa_track" launch/mtm.sh configs/mtm_protonet.py data=fc100,shot=10 --data_dir=DIR
+#
+# First the config file, then its config string without `method`; every further argument is one of `python -m
+# metajax.main`. Workdirs are $RUNS/METHOD-SEED (runs/mtm-<config>-<string> by default), the table and its figure lie
+# beside them. Run again, it goes on where it stopped.
+set -euo pipefail
+
+if (($# < 2)) || [[ ! -f $1 ]]; then
+  echo 'mtm.sh: CONFIG STRING [ARGUMENTS], such as configs/mtm_maml.py data=cifar_fs,way=5,shot=1' >&2
+  exit 2
+fi
+config=$1 string=$2
+shift 2
+name=$(basename "$config" .py)
+runs=${RUNS:-runs/mtm-${name#mtm_}-$string}
+python=${PYTHON:-python}
+if [[ $name == *protonet* ]]; then
+  first=pretrain methods=${METHODS:-baseline uniform spsa spsa_track backprop inner_first_order look_ahead}
+else
+  first=baseline
+  methods=${METHODS:-uniform spsa spsa_track spsa_coarse spsa_per_class backprop inner_first_order sin spsa_log look_ahead}
+fi
+
+run() { # METHOD SEED [ARGUMENTS]
+  local method=$1 seed=$2
+  shift 2
+  "$python" -m metajax.main --config="$config:$string,method=$method" --workdir="$runs/$method-$seed" \
+    --config.seed="$seed" "$@"
+}
+
+declare -A folders
+for seed in ${SEEDS:-0}; do
+  run "$first" "$seed" "$@"
+  folders[$first]+=${folders[$first]:+,}$runs/$first-$seed
+  for method in $methods; do
+    start=(--config.init_from="$runs/$first-$seed")
+    [[ $method == baseline ]] && start=()
+    run "$method" "$seed" "${start[@]}" "$@"
+    folders[$method]+=${folders[$method]:+,}$runs/$method-$seed
+  done
+done
+
+rows=()
+for method in "$first" $methods; do
+  rows+=("$method=${folders[$method]}")
+done
+if [[ " $methods " == *' uniform '* ]]; then # what weighting must be measured against: as many meta-updates without
+  rows=("uniform=${folders[uniform]}" "${rows[@]}")
+  for i in "${!rows[@]}"; do
+    ((i)) && [[ ${rows[i]} == uniform=* ]] && unset "rows[$i]"
+  done
+fi
+"$python" -m metajax.compare "${rows[@]}" --markdown="$runs/comparison.md" --csv="$runs/comparison.csv" \
+  --figure="$runs/comparison.png"
