@@ -19,7 +19,7 @@ name=$(basename "$config" .py)
 runs=${RUNS:-runs/mtm-${name#mtm_}-$string}
 python=${PYTHON:-python}
 if [[ $name == *protonet* ]]; then
-  first=pretrain methods=${METHODS:-baseline uniform spsa spsa_track backprop inner_first_order look_ahead}
+  first=pretrain methods=${METHODS:-uniform baseline spsa spsa_track backprop inner_first_order look_ahead}
 else
   first=baseline
   methods=${METHODS:-uniform spsa spsa_track spsa_coarse spsa_per_class backprop inner_first_order sin spsa_log look_ahead}
@@ -45,14 +45,8 @@ for seed in ${SEEDS:-0}; do
 done
 
 rows=()
-for method in "$first" $methods; do
+for method in $methods "$first"; do # differences are to the first, by default: as many meta-updates without weighting
   rows+=("$method=${folders[$method]}")
 done
-if [[ " $methods " == *' uniform '* ]]; then # what weighting must be measured against: as many meta-updates without
-  rows=("uniform=${folders[uniform]}" "${rows[@]}")
-  for i in "${!rows[@]}"; do
-    ((i)) && [[ ${rows[i]} == uniform=* ]] && unset "rows[$i]"
-  done
-fi
 "$python" -m metajax.compare "${rows[@]}" --markdown="$runs/comparison.md" --csv="$runs/comparison.csv" \
   --figure="$runs/comparison.png"
