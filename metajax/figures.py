@@ -136,6 +136,54 @@ def learning_curves(path, records):
 
 
 @matplotlib.rc_context(STYLE)
+def task_weights(path, records):
+  """Draws what a task weighting did: its weights, how far it perturbed and moved them, and the values it compared.
+
+  Args:
+    path: where the PNG goes.
+    records: dicts with 'step' and any of 'train/weights' (n,), 'train/weights_quantiles' (5,), 'train/gain',
+      'train/radius', 'train/pair' (2,). Without weights nothing is drawn.
+  """
+  keys = ('train/weights', 'train/weights_quantiles', 'train/pair', 'train/gain', 'train/radius')
+  found = {key: {r['step']: r[key] for r in records if key in r} for key in keys}
+  weights, quantiles, pair, gain, radius = (np.array([v for _, v in sorted(found[key].items())]) for key in keys)
+  steps = np.array(sorted(found[keys[0]] or found[keys[1]]))
+  if not len(steps):
+    return
+  fig = Figure(figsize=(6.4 * (3 if len(pair) else 1), 4.6), layout='constrained')
+  axes = fig.subplots(1, 3 if len(pair) else 1, squeeze=False)[0]
+  axes[0].set(title='Weights', ylabel='w')
+  if len(weights):
+    colors = matplotlib.colormaps['viridis'](np.linspace(0, 0.9, weights.shape[1]))
+    for i, color in enumerate(colors):
+      axes[0].plot(steps, weights[:, i], color=color, linewidth=1.4, label=str(i + 1))
+    if weights.shape[1] <= SHOWN:
+      axes[0].legend(title='place', ncols=2)
+  else:
+    for (low, high), alpha, label in (((0, 4), 0.25, 'all'), ((1, 3), 0.5, 'half of them')):
+      axes[0].fill_between(
+        steps, quantiles[:, low], quantiles[:, high], color=SKY, alpha=alpha, linewidth=0, label=label
+      )
+    axes[0].plot(steps, quantiles[:, 2], color=BLUE, linewidth=2, label='median')
+    axes[0].legend()
+  if len(pair):
+    axes[1].set(title='Values of the pair')
+    for side, (color, label) in enumerate(((BLUE, 'weights plus'), (RED, 'weights minus'))):
+      axes[1].plot(steps, pair[:, side], color=color, linewidth=1, alpha=0.35)
+      axes[1].plot(steps, _running_mean(pair[:, side], max(1, len(steps) // 40)), color=color, linewidth=2, label=label)
+    axes[2].set(title='Gain and radius', yscale='log')
+    axes[2].plot(steps, gain, color=GREEN, linewidth=2, label='gain')
+    axes[2].plot(steps, radius, color=ORANGE, linewidth=2, label='radius')
+    for ax in axes[1:]:
+      ax.legend()
+  for ax in axes:
+    ax.set_xlabel('meta-updates')
+    ax.xaxis.set_major_formatter(EngFormatter(sep=''))
+    ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+  _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
 def inner_steps(path, values, ci95, *, quantity, way=None):
   """Draws how adaptation helps: the mean over episodes after every inner step.
 

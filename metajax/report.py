@@ -16,7 +16,7 @@ from metajax.progress import readable
 _NOTES = 20  # at most so many on what the data set lacks; its manifest has all
 # Settings of the data that say nothing of which test episodes there are: what training alone sees, what stands in the
 # protocol by itself, and in which form the network gets to see the same examples.
-_NO_PROTOCOL = ('name', 'way', 'shot', 'query_shot', 'tasks', 'placement', 'augment', 'normalize', 'oracle')
+_NO_PROTOCOL = ('group', 'name', 'way', 'shot', 'query_shot', 'tasks', 'placement', 'augment', 'normalize', 'oracle')
 
 FOUND = ('batch_norm', 'dataset_notes')  # what of the protocol is no setting, but found when a run is evaluated
 
@@ -164,8 +164,10 @@ def test_line(result):
 
 
 def draw_training(workdir):
-  """Draws the learning curves."""
-  figures.learning_curves(Path(workdir) / 'figures' / 'learning_curves.png', writer.read(workdir))
+  """Draws the learning curves, and the task weights where there are any."""
+  folder, records = Path(workdir) / 'figures', writer.read(workdir)
+  figures.learning_curves(folder / 'learning_curves.png', records)
+  figures.task_weights(folder / 'task_weights.png', records)
 
 
 def draw(experiment, state, result, folder):

@@ -250,7 +250,7 @@ def test_a_weight_never_reaches_zero_in_log_space(monkeypatch):
 def test_many_weights_are_logged_as_quantiles(monkeypatch):
   weighting = spsa_per_class.make(num_classes=40)
   _, metrics = updated(monkeypatch, weighting, 1, LOSSES, [1], classes=NO_CLASSES)
-  assert metrics['weights'].shape == (5,) and metrics['weights'][2] == 1
+  assert metrics['weights_quantiles'].shape == (5,) and metrics['weights_quantiles'][2] == 1
 
 
 def test_every_weighting_can_be_named():

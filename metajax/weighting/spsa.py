@@ -196,6 +196,9 @@ def finish(rule, state, step, pair):
   n = state.update
   weights = jnp.where(n == 0, state.weights, rule.move(state.weights, step))
   weights = rule.normalize(n, weights)
-  shown = weights if len(weights) <= _SHOWN else jnp.quantile(weights, jnp.array([0.0, 0.25, 0.5, 0.75, 1.0]))
-  metrics = {'weights': shown, 'gain': rule.gain(n), 'radius': rule.radius(n), 'pair': pair}
+  if len(weights) <= _SHOWN:
+    shown = {'weights': weights}
+  else:
+    shown = {'weights_quantiles': jnp.quantile(weights, jnp.array([0.0, 0.25, 0.5, 0.75, 1.0]))}
+  metrics = {**shown, 'gain': rule.gain(n), 'radius': rule.radius(n), 'pair': pair}
   return state._replace(update=n + 1, weights=weights), metrics
