@@ -1,0 +1,143 @@
+"""The gradient of a meta-batch under weights, trial steps, and every weighting with every algorithm."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metajax import config as config_lib
+from metajax import outer_loop, parallel, train
+from metajax.errors import UserError
+from metajax.weighting import spsa_look_ahead
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+# A task is its targets: the loss of query q is (w - target_q)^2, its derivative 2 (w - target_q).
+TARGETS = np.array([[0.0, 1.0], [2.0, 5.0], [-3.0, 0.5]], np.float32)
+W = 0.5
+
+
+def loss(params, model_state, targets, rng):
+  return jnp.square(params['w'] - targets), (model_state, {})
+
+
+def on_devices(function, chunk=2):
+  """What `function(local)` returns inside a step on the meta-batch TARGETS."""
+  local = parallel.lay_out(TARGETS, len(TARGETS), chunk)
+  return jax.device_get(
+    parallel.over_devices(lambda state, constants, local: function(local))((), jnp.zeros(()), local)
+  )
+
+
+def gradient(local, **coefficients):
+  return outer_loop.gradient(
+    loss, {'w': jnp.float32(W)}, {}, lambda x: x, local, jax.random.key(0), tasks=len(TARGETS), **coefficients
+  )
+
+
+@pytest.mark.parametrize('chunk', [1, 3])
+def test_coefficients_of_tasks_and_of_queries(chunk):
+  slopes = 2 * (W - TARGETS)
+  of_tasks, of_queries = np.array([1.0, 0.5, -2.0]), np.arange(6.0).reshape(3, 2)
+  grads, _, losses, _ = on_devices(lambda local: gradient(local, coefficients=jnp.array(of_tasks)), chunk)
+  np.testing.assert_allclose(grads['w'], np.mean(of_tasks * slopes.mean(axis=1)), rtol=1e-6)
+  np.testing.assert_allclose(losses, np.square(W - TARGETS), rtol=1e-6)
+  grads, *_ = on_devices(lambda local: gradient(local, coefficients=jnp.array(of_queries)), chunk)
+  np.testing.assert_allclose(grads['w'], np.mean(of_queries * slopes), rtol=1e-6)
+
+
+def test_trials_are_outer_steps_of_the_optimiser_with_their_own_coefficients():
+  coefficients, trials = np.array([1.0, 2.0, 3.0]), np.array([[1.0, 1.0, 1.0], [0.0, 0.0, 4.0]])
+  tx = optax.chain(optax.trace(0.9), optax.scale(-0.1))
+  params = {'w': jnp.float32(W)}
+  opt_state = tx.update({'w': jnp.float32(7.0)}, tx.init(params))[1]  # a momentum from before
+
+  def both(local):
+    grads, *_ = gradient(local, coefficients=jnp.array(coefficients), trials=jnp.array(trials))
+    losses = outer_loop.trial_losses(
+      loss, tx, opt_state, params, {}, grads, lambda x: x, local, jax.random.key(0), tasks=3
+    )
+    return grads, losses
+
+  grads, losses = on_devices(both)
+  expected = np.mean(np.concatenate([coefficients[None], trials]) * (2 * (W - TARGETS)).mean(axis=1), axis=1)
+  np.testing.assert_allclose(grads['w'], expected, rtol=1e-6)
+  stepped = W - 0.1 * (expected + 0.9 * 7)
+  np.testing.assert_allclose(losses, np.square(stepped[:, None, None] - TARGETS), rtol=1e-5)
+
+
+def test_the_look_ahead_pair_prefers_the_weighting_that_helps(monkeypatch):
+  """Task 2 pulls w to where the mean loss is small, task 0 away from there: averaged over the signs, the former gains."""
+  targets = np.array([[1.0], [0.0], [-4.0]], np.float32)  # the mean loss is least at -1, and w is at 0
+  weighting = spsa_look_ahead.make(tasks=3)
+  state, change = weighting.init(None), []
+  for signs in itertools.product((-1.0, 1.0), repeat=3):
+    monkeypatch.setattr(spsa_look_ahead.spsa, 'signs', lambda rng, shape, signs=signs: jnp.array(signs))
+    trials = weighting.trials(state, None)
+    stepped = -0.1 * np.mean(trials * (0 - 2 * targets[:, 0]), axis=1)
+    after = np.square(stepped[:, None, None] - targets)
+    moved, metrics = weighting.update(state, np.square(targets), None, None, jnp.array(after))
+    np.testing.assert_allclose(metrics['pair'], after.mean(axis=(1, 2)), rtol=1e-6)
+    change.append(weighting.coefficients(moved, None) - 1)
+  change = np.mean(change, axis=0)
+  assert change[2] > 0.01 and change[0] < -0.002 and abs(change[1]) < 0.25 * abs(change[0])
+
+
+ALGORITHMS = config_lib.names('algorithm')
+WEIGHTINGS = config_lib.names('weighting')
+
+
+@functools.cache
+def experiment(algorithm, weighting, group=1):
+  config = {
+    'total_steps': 1,
+    'data': {'name': 'glyphs', 'classes': (6, 4, 4), 'images_per_class': 4, 'size': 8}
+    | {'tasks': 3, 'group': group, 'way': 3, 'shot': 1, 'query_shot': 2},
+    'model': {'name': 'mlp', 'hidden': (4,)},
+    'algorithm': {'name': algorithm},
+    'weighting': {'name': weighting},
+  }
+  return train.make_experiment(config_lib.complete(config), None)
+
+
+def traced_step(experiment, run=jax.eval_shape):
+  step = parallel.over_devices(functools.partial(train.train_step, experiment=experiment, tasks=3))
+  state = train.init_state(experiment, seed=0)
+  constants = experiment.resident, parallel.replicate(jax.random.key(0))
+  return state, run(step, state, constants, parallel.lay_out(experiment.sources['train'].sample(0, 3), 3, 2))
+
+
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
+@pytest.mark.parametrize('algorithm', ALGORITHMS)
+def test_every_algorithm_takes_a_step_with_every_weighting(algorithm, weighting, monkeypatch):
+  """Traced only; the numbers are those of the tests of each. What goes in can come out: the same shapes and types."""
+  monkeypatch.setattr(train, 'superclass_ids', lambda data: np.array([0, 0, 1, 1, 2, 2]))
+  made = experiment(algorithm, weighting)
+  if algorithm == 'reptile' and 'class' in weighting:
+    with pytest.raises(UserError, match='one loss for a task'):
+      traced_step(made)
+    return
+  before, (after, metrics) = traced_step(made)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
+  assert {'loss', 'accuracy', 'grad_norm'} <= metrics.keys()
+  assert (weighting == 'uniform') or any(name.startswith('weights') for name in metrics)
+
+
+@pytest.mark.parametrize('algorithm', ['maml', 'protonet'])
+def test_a_task_of_several_episodes_has_their_mean_loss(algorithm):
+  """Without batch normalisation episodes share nothing, so a group is as good as its episodes by themselves."""
+  grouped = experiment(algorithm, 'spsa', group=2)
+  _, (_, metrics) = traced_step(grouped, run=lambda step, *args: step(*args))
+  single = grouped.algorithm
+  params, model_state = single.init(jax.random.fold_in(jax.random.key(0), 0), grouped.example)
+  params = train.init_state(grouped, seed=0).params
+  plain = experiment(algorithm, 'uniform').sources['train']
+  episodes = plain.decode(plain.resident, plain.sample(0, 6))
+  losses = jax.jit(jax.vmap(single.loss, (None, None, 0, None)))(params, model_state, episodes, None)[0]
+  np.testing.assert_allclose(metrics['loss'], losses.mean(), rtol=1e-5)
+  classes = np.take_along_axis(np.asarray(episodes.class_ids), np.asarray(episodes.query.targets), axis=1)
+  seen = train.query_classes(grouped.sources['train'].decode(plain.resident, grouped.sources['train'].sample(0, 3)))
+  np.testing.assert_array_equal(seen, classes.reshape(3, -1))
