@@ -146,7 +146,7 @@ def dropped(x, seeds, block_size):
   seeds = jnp.pad(seeds, ((0, 0), margin, margin, (0, 0)))
   rows = functools.reduce(jnp.logical_or, (seeds[:, i : i + h] for i in range(block_size)))
   drop = functools.reduce(jnp.logical_or, (rows[:, :, i : i + w] for i in range(block_size)))
-  left = jnp.maximum(x.size - jnp.sum(drop), 1)  # never a division by 0
+  left = jnp.maximum(x.size - jnp.sum(drop), 1)  # where nothing is left, derivatives are 0 and not NaN
   return jnp.where(drop, 0, x * (x.size / left).astype(x.dtype))
 
 
