@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from metajax import config as config_lib
-from metajax import main
+from metajax import main, optimizers
 from metajax.data import conversion, table
 from metajax.datasets import mini_imagenet
 from metajax.datasets import omniglot as omniglot_data
@@ -22,7 +23,6 @@ SMALL = [
   '--config.data.tasks=2',
   '--config.eval.episodes=2',
   '--config.eval.val_episodes=2',
-  '--config.eval.inner_steps=2',
 ]
 
 
@@ -65,6 +65,8 @@ def images(folder):
   return ['--config.data.path=mine', *small]
 
 
+MAML = ('baseline', 'uniform', 'spsa', 'spsa_track')
+PROTONET = ('pretrain', 'baseline', 'spsa', 'spsa_track')
 DATA = {'glyphs': glyphs, 'omniglot': omniglot, 'mini_imagenet': mini, 'folder': images, 'sinusoid': glyphs}
 
 
@@ -74,11 +76,61 @@ def test_config_takes_two_steps(name, tmp_path, monkeypatch):
   path = f'configs/{name}'
   config = config_lib.load(str(ROOT / path))
   extra = DATA[config.data.name](tmp_path)
+  if 'inner_steps' in config.algorithm:
+    extra.append('--config.eval.inner_steps=2')
+  if config.data.group > 1:
+    extra.append('--config.data.group=2')
   monkeypatch.chdir(ROOT)
   arguments = [f'--config={path}', f'--workdir={tmp_path / "run"}', f'--data_dir={tmp_path}', *SMALL, *extra]
   assert main.main(['metajax', *arguments]) == 0
   result = json.loads((tmp_path / 'run' / 'test.json').read_text())
   assert ('dataset_notes' in result) == (config.data.name == 'mini_imagenet')  # of which there is a part only
+
+
+@pytest.mark.parametrize(
+  'string',
+  [
+    # Every recipe of the MTM authors' code, and what is trained before it.
+    *(
+      f'mtm_maml.py:data={data},way=2,shot=1,method={m}' for data in ('mini_imagenet', 'tiered_imagenet') for m in MAML
+    ),
+    *(f'mtm_maml.py:data=fc100,way=5,shot=5,method={m}' for m in ('baseline', 'spsa_coarse')),
+    *(f'mtm_maml.py:data=cifar_fs,way=5,shot=1,method={m}' for m in ('baseline', 'inner_first_order', 'backprop')),
+    *(f'mtm_protonet.py:data=mini_imagenet,model=resnet12,tasks=2,method={m}' for m in PROTONET),
+    *(f'mtm_protonet.py:data=cifar_fs,way=2,method={m}' for m in ('pretrain', 'backprop')),
+    *(f'mtm_protonet.py:data=fc100,shot=10,method={m}' for m in ('pretrain', 'inner_first_order')),
+    'mtm_protonet.py:data=tiered_imagenet,way=2,shot=5,method=spsa',
+  ],
+)
+def test_recipes_of_task_weighting_are_complete_configs(string):
+  config = config_lib.load(f'{ROOT}/configs/{string}')
+  way, shot = (int(re.search(rf'{k}=(\d+)', string + ',way=5,shot=1')[1]) for k in ('way', 'shot'))
+  assert (config.data.way, config.data.shot) == (way, shot)
+  assert config_lib.from_json(config_lib.to_json(config)) == config
+  config_lib.call(optimizers.make, config, 'optimizer', config.total_steps)
+  config_lib.build(
+    config, 'weighting', tasks=config.data.tasks, tx=None, num_classes=8, superclass_ids=np.zeros(8, np.int32)
+  )
+
+
+def test_prototypical_networks_step_sizes_by_epoch():
+  """Those of the specification, (last epoch, step size) by 1-based epoch; an epoch of four tasks has 250 updates."""
+
+  def rates(method, original=False):
+    string = f'mtm_protonet.py:method={method}' + ',original_schedule' * original
+    config = config_lib.load(f'{ROOT}/configs/{string}').optimizer
+    epoch = 1000 if method == 'baseline' else 250
+    return [config.learning_rate, *config.rates], [b / epoch for b in config.boundaries]
+
+  assert rates('baseline') == ([0.1, 0.006, 0.0012, 0.00024], [20, 40, 50])
+  assert rates('baseline', original=True) == ([0.1, 0.006, 0.0012, 0.00024], [21, 41, 51])
+  values, ends = rates('spsa_track')
+  np.testing.assert_allclose(values, [0.0006, 0.00012, 0.000024])
+  assert ends == [20, 30]
+  values, ends = rates('spsa', original=True)
+  np.testing.assert_allclose(values, [0.1, 0.0006, 0.00012, 0.000024])
+  assert ends == [1, 21, 31]
+  assert rates('backprop') == ([0.006, 0.0012, 0.00024], [20, 30])
 
 
 @pytest.mark.parametrize('name', FILES)

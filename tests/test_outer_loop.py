@@ -26,10 +26,8 @@ def loss(params, model_state, targets, rng):
 
 def on_devices(function, chunk=2):
   """What `function(local)` returns inside a step on the meta-batch TARGETS."""
-  local = parallel.lay_out(TARGETS, len(TARGETS), chunk)
-  return jax.device_get(
-    parallel.over_devices(lambda state, constants, local: function(local))((), jnp.zeros(()), local)
-  )
+  step = parallel.over_devices(lambda state, constants, local: function(local))
+  return jax.device_get(step(jnp.zeros(()), jnp.zeros(()), parallel.lay_out(TARGETS, len(TARGETS), chunk)))
 
 
 def gradient(local, **coefficients):
@@ -70,7 +68,7 @@ def test_trials_are_outer_steps_of_the_optimiser_with_their_own_coefficients():
 
 
 def test_the_look_ahead_pair_prefers_the_weighting_that_helps(monkeypatch):
-  """Task 2 pulls w to where the mean loss is small, task 0 away from there: averaged over the signs, the former gains."""
+  """Task 2 pulls w to where the mean loss is least, task 0 away from there; task 1 pulls nowhere."""
   targets = np.array([[1.0], [0.0], [-4.0]], np.float32)  # the mean loss is least at -1, and w is at 0
   weighting = spsa_look_ahead.make(tasks=3)
   state, change = weighting.init(None), []
@@ -83,11 +81,12 @@ def test_the_look_ahead_pair_prefers_the_weighting_that_helps(monkeypatch):
     np.testing.assert_allclose(metrics['pair'], after.mean(axis=(1, 2)), rtol=1e-6)
     change.append(weighting.coefficients(moved, None) - 1)
   change = np.mean(change, axis=0)
-  assert change[2] > 0.01 and change[0] < -0.002 and abs(change[1]) < 0.25 * abs(change[0])
+  assert change[2] > 0.1 and change[0] < -0.02
 
 
-ALGORITHMS = config_lib.names('algorithm')
-WEIGHTINGS = config_lib.names('weighting')
+KINDS = ('spsa', 'spsa_per_class', 'spsa_look_ahead')  # coefficients of tasks, of queries, and trials
+PAIRS = [('maml', weighting) for weighting in config_lib.names('weighting')]
+PAIRS += [(name, kind) for name in config_lib.names('algorithm') if name != 'maml' for kind in KINDS]
 
 
 @functools.cache
@@ -110,9 +109,8 @@ def traced_step(experiment, run=jax.eval_shape):
   return state, run(step, state, constants, parallel.lay_out(experiment.sources['train'].sample(0, 3), 3, 2))
 
 
-@pytest.mark.parametrize('weighting', WEIGHTINGS)
-@pytest.mark.parametrize('algorithm', ALGORITHMS)
-def test_every_algorithm_takes_a_step_with_every_weighting(algorithm, weighting, monkeypatch):
+@pytest.mark.parametrize(('algorithm', 'weighting'), PAIRS)
+def test_every_algorithm_takes_a_step_with_every_kind_of_weighting(algorithm, weighting, monkeypatch):
   """Traced only; the numbers are those of the tests of each. What goes in can come out: the same shapes and types."""
   monkeypatch.setattr(train, 'superclass_ids', lambda data: np.array([0, 0, 1, 1, 2, 2]))
   made = experiment(algorithm, weighting)
@@ -132,8 +130,7 @@ def test_a_task_of_several_episodes_has_their_mean_loss(algorithm):
   grouped = experiment(algorithm, 'spsa', group=2)
   _, (_, metrics) = traced_step(grouped, run=lambda step, *args: step(*args))
   single = grouped.algorithm
-  params, model_state = single.init(jax.random.fold_in(jax.random.key(0), 0), grouped.example)
-  params = train.init_state(grouped, seed=0).params
+  params, model_state = (before := train.init_state(grouped, seed=0)).params, before.model_state
   plain = experiment(algorithm, 'uniform').sources['train']
   episodes = plain.decode(plain.resident, plain.sample(0, 6))
   losses = jax.jit(jax.vmap(single.loss, (None, None, 0, None)))(params, model_state, episodes, None)[0]

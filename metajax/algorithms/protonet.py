@@ -54,7 +54,7 @@ def make(
   def init(rng, inputs):
     embedded, model_state = embedding.init_with_output(rng, inputs)
     model_state = dict(model_state)
-    params = {'embedding': model_state.pop('params')}
+    params = {'embedding': model_state.pop('params', {})}
     if learn_scale:
       params['scale'] = jnp.float32(scale or embedded.shape[-1])
     return params, model_state
