@@ -150,8 +150,9 @@ class Checkpoints:
       folder = self.directory / str(step)
       try:
         ranks.append(_rank(_read_score(folder), step))
-      except _NO_SCORE as error:  # only where they are not set aside, or a run has just removed it
-        print(f'checkpoint {folder} cannot be read (its score: {first_line(error)}): left out')
+      except _NO_SCORE as error:  # only where they are not set aside
+        if folder.exists():  # else the run has removed it
+          print(f'checkpoint {folder} cannot be read (its score: {first_line(error)}): left out')
     return [step for _, step in sorted(ranks, reverse=True)]
 
   def close(self):

@@ -24,6 +24,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,10 +82,13 @@ def main(argv=None):
     runs = {folder: read(folder, config, options.data_dir) for folder, config in configs.items()}
     _check({folder: run.protocol for folder, run in runs.items()}, named, options.mixed)
     rows = compare({name: [runs[folder] for folder in folders] for name, folders in named.items()})
-    print(as_text(rows))
     for file, write in ((options.markdown, _write_markdown), (options.csv, _write_csv), (options.figure, _draw)):
       if file:
         _save(file, write, rows)
+    print(as_text(rows), flush=True)
+    return 0
+  except BrokenPipeError:  # whoever reads has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
   except (Exception, KeyboardInterrupt) as error:
     status, line = explain(error)
@@ -107,7 +111,7 @@ def parse(argv):
   except flags.Error as error:
     raise UserError(f'command line: {first_line(error)}') from None
   if values.help:
-    print(__doc__)
+    print(__doc__, flush=True)
     sys.exit(0)
   if values.figure and not values.figure.endswith('.png'):
     raise UserError(f'command line: --figure={values.figure}: the name of a PNG file ends in .png')

@@ -316,8 +316,10 @@ def test_what_is_read_equals_what_is_evaluated(cache, tmp_path, capsys, monkeypa
   monkeypatch.setattr(report, 'draw_training', lambda workdir: None)
   folders = [tmp_path / name for name in ('a', 'b')]
   for seed, folder in enumerate(folders):
-    steps = '--config.total_steps=1', '--config.eval.episodes=6', '--config.eval.val_episodes=2'
-    assert main.main(['metajax', f'--config={TINY}', f'--workdir={folder}', f'--config.seed={seed}', *steps]) == 0
+    small = '--config.total_steps=1', '--config.eval.episodes=6', '--config.eval.val_episodes=2'
+    given = f'--config={TINY}', f'--workdir={folder}', f'--config.seed={seed}', '--config.model.name=mlp', *small
+    assert main.main(['metajax', *given]) == 0
+    (folder / 'checkpoints' / '2.orbax-checkpoint-tmp-0').mkdir()  # as if the next one were being written
     each, summary = (json.loads((folder / name).read_text()) for name in ('test_episodes.json', 'test.json'))
     assert len(each['accuracy']) == 6 and np.float32(each['accuracy']).mean(dtype=float) == summary['accuracy']
     assert each['checkpoint_step'] == summary['checkpoint_step'] == 1
