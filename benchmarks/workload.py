@@ -116,7 +116,7 @@ def draw_episodes(workload, seed=0):
   return Episode(examples(workload.shot), examples(workload.query_shot), class_ids)
 
 
-def make_experiment(workload, *, order=2, checkpoint=False):
+def make_experiment(workload, *, order=2, checkpoint=False, weighting=None):
   """The workload as training knows it; its episodes are ready arrays on the device, over and over again."""
   episodes = draw_episodes(workload)
   source = Source(
@@ -138,7 +138,8 @@ def make_experiment(workload, *, order=2, checkpoint=False):
     resident=parallel.replicate(episodes),
     objective=losses.CLASSIFICATION,
     algorithm=algorithm,
-    weighting=uniform.make(),
+    loss=algorithm.loss,
+    weighting=weighting or uniform.make(),
     tx=optimizers.make(1),
     evaluation=algorithm,
     example=np.zeros(episodes.support.inputs.shape[1:], np.float32),
@@ -151,8 +152,8 @@ class TrainStep:
   Of the workload's own episodes, or of those of a `source`.
   """
 
-  def __init__(self, workload, source=None, **algorithm):
-    experiment = make_experiment(workload, **algorithm)
+  def __init__(self, workload, source=None, **settings):
+    experiment = make_experiment(workload, **settings)
     if source:
       experiment = experiment._replace(sources={'train': source}, resident=parallel.replicate(source.resident))
     source = experiment.sources['train']
@@ -176,7 +177,7 @@ class TrainStep:
     """Returns seconds and metrics of one meta-update."""
     start = time.perf_counter()
     self.state, metrics = jax.block_until_ready(self._compiled(self.state, *self._inputs))
-    return time.perf_counter() - start, {k: float(v) for k, v in metrics.items()}
+    return time.perf_counter() - start, {k: np.asarray(v, np.float64).tolist() for k, v in metrics.items()}
 
 
 def matmul(n=2048):
