@@ -357,7 +357,8 @@ def notes(rows):
       if run.latest_step is not None and run.latest_step < run.config.total_steps:
         at = f'step {run.latest_step} of {run.config.total_steps}'
         lines.append(f'{row.name}: {run.workdir} is not trained to its end ({at})')
-    others = {key for run in row.runs for key in config_lib.differences(row.runs[0].config, run.config)} - {'seed'}
+    others = {key for run in row.runs for key in config_lib.differences(row.runs[0].config, run.config)}
+    others -= {'seed', 'init_from'}  # each seed starts from a baseline of its own
     if others:
       lines.append(f'{row.name}: its runs differ in more than their seeds: {", ".join(sorted(others))}')
   return lines

@@ -274,7 +274,6 @@ def train(config, experiment, workdir, checkpoints, stop):
   steps = processes.from_first(checkpoints.steps)
   if steps and steps[0] > config.total_steps:
     raise UserError(f'{workdir} is at step {steps[0]} already, beyond config.total_steps = {config.total_steps}')
-  processes.on_first(workdir_lib.keep_config, workdir, config)
 
   def restore():
     restored, damaged = checkpoints.restore_first_sound(steps, state)
@@ -285,6 +284,7 @@ def train(config, experiment, workdir, checkpoints, stop):
     state = processes.arrays_from_first(restore, state)
   elif config.init_from:
     state = start_from(config.init_from, state)
+  processes.on_first(workdir_lib.keep_config, workdir, config)
   state = parallel.replicate(state)
   done, total, tasks = int(state.step), config.total_steps, config.data.tasks
   if done >= total:
