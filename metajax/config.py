@@ -54,6 +54,7 @@ _EVAL = dict(
   query_shot=int,
   augment=(),  # of validation and test: none unless asked for, whatever training has
 )
+OF_INNER_LOOP = ('inner_steps', 'inner_lr')  # settings of `eval` that only some algorithms have
 _PACKAGES = {  # where a group's `name` is looked for, and what builds it there
   'data': ('metajax.datasets', 'load'),
   'model': ('metajax.models', 'make'),
@@ -151,6 +152,8 @@ def override(config, arguments):
         old, known = _defaults(group, config[group]['name']), _defaults(group, name)
         given = {k: v for k, v in config[group].items() if k in known and k in old and v != old[k]}
         config[group] = {'name': name, **given}
+        if group == 'algorithm':  # what evaluation had for the old one goes with it
+          config['eval'].update({key: None for key in OF_INNER_LOOP if key not in known})
   config = complete(config)
   for argument in arguments:
     _check_key(config, re.sub(r'^--?(no)?config\.', '', argument.partition('=')[0]))

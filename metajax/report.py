@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from metajax import config as config_lib
 from metajax import evaluate, figures, processes, writer
 from metajax.data import episodes
 from metajax.errors import UserError
@@ -114,7 +115,7 @@ def protocol(config):
 
 def inner_loop(config):
   """The inner loop's settings in evaluation; None for those that the algorithm has not."""
-  return {name: _chosen(config, 'algorithm', name) for name in ('inner_steps', 'inner_lr')}
+  return {name: _chosen(config, 'algorithm', name) for name in config_lib.OF_INNER_LOOP}
 
 
 def _chosen(config, group, name):

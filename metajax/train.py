@@ -145,7 +145,7 @@ def make_experiment(config, data_dir, needed=('train', 'test')):
   objective = losses.REGRESSION if regression else losses.CLASSIFICATION
   outputs = targets.shape[-1] if regression else config.data.way
   model = config_lib.build(config, 'model', outputs)
-  for_evaluation = {k: config.eval[k] for k in ('inner_steps', 'inner_lr') if config.eval[k] is not None}
+  for_evaluation = {k: config.eval[k] for k in config_lib.OF_INNER_LOOP if config.eval[k] is not None}
   for name in for_evaluation:
     if name not in config.algorithm:
       raise UserError(f'config.eval.{name}: {config.algorithm.name} has no such setting')

@@ -152,3 +152,10 @@ def test_load_errors(tmp_path):
   with pytest.raises(UserError, match='takes no config string'):
     config_lib.load(f'{tmp_path / "plain.py"}:way=5')
   assert isinstance(config_lib.load(TINY), ml_collections.ConfigDict)
+
+
+def test_another_algorithm_takes_the_old_one_s_inner_loop_out_of_evaluation():
+  config = config_lib.load(TINY)
+  assert config.eval.inner_steps == 2
+  assert config_lib.override(config, ['--config.algorithm.name=protonet']).eval.inner_steps is None
+  assert config_lib.override(config, ['--config.algorithm.name=anil']).eval.inner_steps == 2
