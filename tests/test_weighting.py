@@ -80,6 +80,8 @@ def test_spsa_of_uneven_weights_and_their_norm(monkeypatch):
   normal = [0.5391638660, 0.4313310928, 0.6469966392, 0.3234983196]
   close(spsa.normalizer(7, 'l2')(jnp.int32(14), weights), normal)
   close(spsa.normalizer(7, 'sum')(jnp.int32(14), weights), weights / 1.8)
+  normed, _ = updated(monkeypatch, spsa.make(tasks=4, normalize_every=7), 7, LOSSES, [-1, -1, 1, -1], weights=weights)
+  close(normed.weights, state.weights / np.linalg.norm(state.weights))
   for n in (0, 13):
     close(spsa.normalizer(7, 'l2')(jnp.int32(n), weights), weights)
 
@@ -156,7 +158,17 @@ def test_sequences():
 
 
 @pytest.mark.parametrize(
-  'spec', [(), ('power',), ('power', 0.0, 1.0), ('constant', '1'), ('step', 1.0, 0, 0.5), ('x', 1)]
+  'spec',
+  [
+    (),
+    ('power',),
+    ('power', 0.0, 1.0),
+    ('constant', '1'),
+    ('step', 1.0, 0, 0.5),
+    ('x', 1),
+    ('step', 1.0, 3, 0.0),
+    ('power', 1.0, -1.0),
+  ],
 )
 def test_what_is_no_sequence_is_refused(spec):
   with pytest.raises(UserError, match=r'gain = .* is needed'):
@@ -176,6 +188,7 @@ def test_what_is_no_sequence_is_refused(spec):
     (spsa_per_class.make, dict(num_classes=3, update_from='first'), "'last' or 'all'"),
     (spsa_per_coarse_class.make, dict(superclass_ids=None), 'the data set has none'),
     (gradient.make, dict(tasks=2, tx=None, optimizer='sgd'), 'outer or adam'),
+    (gradient.make, dict(tasks=2, tx=None, initial=0.0), 'above 0 is needed'),
   ],
 )
 def test_settings_that_are_refused(make, settings, text):
@@ -218,7 +231,8 @@ def test_over_all_signs_the_estimate_is_the_gradient_of_a_quadratic(radius):
   def quadratic(w):
     return 0.5 * w @ matrix @ w + linear @ w
 
-  rule = spsa.make_rule('mean', ('constant', 1.0), ('constant', radius), 'linear', 0, 'l2')
+  gains = dict(gain=('constant', 1.0), radius=('constant', radius))
+  rule = spsa.make_rule(form='mean', space='linear', normalize_every=0, norm='l2', **gains)
   state = spsa.State(jnp.int32(1), jnp.array(weights, jnp.float32))
   steps = [
     spsa.perturb(rule, state, quadratic, quadratic, jnp.array(signs, jnp.float32))[0]

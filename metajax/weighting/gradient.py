@@ -25,7 +25,8 @@ def make(*, tasks, tx, optimizer='outer', learning_rate=1e-3, form='mean', linea
   Args:
     tasks: places of a meta-batch.
     tx: the outer optimiser.
-    optimizer: what moves the weights: 'outer', the outer optimiser with all its settings (Backprop), or 'adam', an Adam
+    optimizer: what moves the weights: 'outer', the outer optimiser with all its settings (Backprop; `clip` knows the
+      norm of their gradient alone), or 'adam', an Adam
       of their own (Inner First-Order).
     learning_rate: of that Adam.
     form: 'mean' over the tasks or 'sum'.
@@ -39,6 +40,8 @@ def make(*, tasks, tx, optimizer='outer', learning_rate=1e-3, form='mean', linea
   """
   if optimizer not in ('outer', 'adam'):
     raise UserError(f'optimizer is outer or adam, not {optimizer!r}')
+  if initial <= 0 or learning_rate <= 0:
+    raise UserError(f'initial = {initial}, learning_rate = {learning_rate}: above 0 is needed')
   uncertainty = spsa.objective(form)
   by_outer = (optimizer == 'outer') != original
   by_own = optimizer == 'adam'

@@ -25,7 +25,7 @@ _SPACES = {
   'log': lambda weights, step: weights * jnp.exp(step),
 }
 _SHOWN = 32  # of more weights than these only quantiles are logged
-_NORMS = {'l2': lambda weights: jnp.linalg.norm(weights), 'sum': lambda weights: jnp.sum(weights)}
+_NORMS = {'l2': jnp.linalg.norm, 'sum': jnp.sum}
 
 
 class State(NamedTuple):
@@ -71,12 +71,13 @@ def make(
     initial: first value of the weights; 0 for 1 / tasks.
     first: n of the first meta-update: 0, at which the weights stay as they are, or 1.
     normalize_every: divide the weights by their norm at every so-manieth update; 0 for never.
-    norm: 'l2' or 'sum'.
+    norm: 'l2' or 'sum': the authors' code for prototypical networks had the one after the paper's first version, and
+      the other before.
 
   Raises:
     UserError: an unknown form, sequence, space or norm, or numbers out of range.
   """
-  rule = make_rule(form, gain, radius, space, normalize_every, norm)
+  rule = make_rule(form=form, gain=gain, radius=radius, space=space, normalize_every=normalize_every, norm=norm)
 
   def update(state, losses, classes, rng):
     del classes
@@ -94,7 +95,7 @@ def init_slots(tasks, initial, first):
   return lambda rng: State(jnp.int32(first), jnp.full(tasks, initial or 1 / tasks, jnp.float32))
 
 
-def make_rule(form, gain, radius, space, normalize_every, norm):
+def make_rule(*, form, gain, radius, space, normalize_every, norm):
   """Reads settings; arguments as for `make`.
 
   Raises:
@@ -139,10 +140,10 @@ def sequence(name, spec):
   kind, *numbers = spec or ('',)
   sound = all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
   sound = sound and len(numbers) == {'power': 2, 'constant': 1, 'step': 3}.get(kind) and numbers[0] > 0
-  if not sound or (kind == 'step' and numbers[1] < 1):
+  if not sound or (kind == 'power' and numbers[1] < 0) or (kind == 'step' and not (numbers[1] >= 1 and numbers[2] > 0)):
     raise UserError(
       f"{name} = {spec}: ('power', value, decay), ('constant', value) or ('step', value, every, factor) is needed, "
-      'with a value above 0'
+      'with a value and a factor above 0'
     )
   return lambda n: values[kind](jnp.maximum(n, 1).astype(jnp.float32), *numbers)
 

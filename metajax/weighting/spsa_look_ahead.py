@@ -9,8 +9,7 @@ from metajax.weighting import spsa
 def make(
   *,
   tasks,
-  form='mean',
-  gain=('constant', 0.1),
+  gain=('constant', 1.0),
   radius=('constant', 0.1),
   space='log',
   initial=1.0,
@@ -21,16 +20,24 @@ def make(
 
   Both steps are those that the outer optimiser would take, from the same weights; the episodes are the meta-batch's own
   on both sides, their tasks adapted to anew. So the weights move to where they lower the loss that counts, and not, as
-  in `spsa.make`, to where a formula of the losses is small. After an early version of the code of Boiarov et al.
-  (2021), which tried plain SGD steps and weighted the losses that it judged by.
+  in `spsa.make`, to where a formula of the losses is small. Task i counts as 1 / w_i^2, over the mean of all tasks: a
+  larger step would nearly always lower the loss of the episodes that it was taken on, so its size is not theirs to
+  learn.
+
+  After an early version of the code of Boiarov et al. (2021), which tried plain SGD steps, and weighted the losses that
+  it judged by.
 
   Args as in `spsa.make`; a meta-update evaluates every task twice more.
   """
-  rule = spsa.make_rule(form, gain, radius, space, normalize_every, norm)
+  rule = spsa.make_rule(form='mean', gain=gain, radius=radius, space=space, normalize_every=normalize_every, norm=norm)
+
+  def relative(weights):
+    slope = spsa.slope('mean', weights)
+    return slope / jnp.mean(slope)
 
   def trials(state, rng):
     shift = rule.radius(state.update) * spsa.signs(rng, state.weights.shape)
-    return jnp.stack([spsa.slope(form, rule.move(state.weights, side * shift)) for side in (1, -1)])
+    return jnp.stack([relative(rule.move(state.weights, side * shift)) for side in (1, -1)])
 
   def update(state, losses, classes, rng, after):
     del losses, classes
@@ -39,5 +46,5 @@ def make(
     return spsa.finish(rule, state, step, pair)
 
   return TaskWeighting(
-    spsa.init_slots(tasks, initial, 1), lambda state, classes: spsa.slope(form, state.weights), update, trials
+    spsa.init_slots(tasks, initial, 1), lambda state, classes: relative(state.weights), update, trials
   )

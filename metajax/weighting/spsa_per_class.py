@@ -37,12 +37,20 @@ def make(
   """
   if not num_classes:
     raise UserError('spsa_per_class needs classes: regression has none')
-  return shared(np.arange(num_classes), gain, radius, space, normalize_every, norm, update_from)
+  return shared(
+    np.arange(num_classes),
+    update_from=update_from,
+    gain=gain,
+    radius=radius,
+    space=space,
+    normalize_every=normalize_every,
+    norm=norm,
+  )
 
 
-def shared(weight_of, gain, radius, space, normalize_every, norm, update_from):
+def shared(weight_of, *, update_from, **rule):
   """As `make`, but classes may share weights: `weight_of` (classes,) says which is whose, counted from 0."""
-  rule = spsa.make_rule('mean', gain, radius, space, normalize_every, norm)
+  rule = spsa.make_rule(form='mean', **rule)
   if update_from not in ('last', 'all'):
     raise UserError(f"update_from is 'last' or 'all', not {update_from!r}")
   weights, weight_of = jnp.ones(weight_of.max() + 1), jnp.asarray(weight_of)

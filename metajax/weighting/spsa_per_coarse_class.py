@@ -25,4 +25,12 @@ def make(
   """
   if superclass_ids is None:
     raise UserError('spsa_per_coarse_class needs superclasses, and the data set has none: choose spsa_per_class')
-  return spsa_per_class.shared(superclass_ids, gain, radius, space, normalize_every, norm, update_from)
+  return spsa_per_class.shared(
+    superclass_ids,
+    update_from=update_from,
+    gain=gain,
+    radius=radius,
+    space=space,
+    normalize_every=normalize_every,
+    norm=norm,
+  )

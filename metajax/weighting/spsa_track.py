@@ -41,7 +41,7 @@ def make(
   Raises:
     UserError: see `spsa.make`.
   """
-  rule = spsa.make_rule(form, gain, radius, space, normalize_every, norm)
+  rule = spsa.make_rule(form=form, gain=gain, radius=radius, space=space, normalize_every=normalize_every, norm=norm)
   init_slots = spsa.init_slots(tasks, initial, first)
   if restart_every < 0:
     raise UserError(f'restart_every = {restart_every}: it cannot be negative')
