@@ -15,7 +15,10 @@ data=tiered_imagenet,way=2,shot=5,method=spsa. The paper's tables were not to be
 `method=baseline` goes through all sixty epochs without weighting. `original_schedule` changes the step size an epoch
 late, as the authors' code did, with the first weighted epoch at 0.1; the schedule before it, and Lee et al.'s, is the
 default. Their pre-training and weighting are one run, which keeps the optimiser's momentum; here they are two.
-Methods as in mtm_maml.py. Images are augmented and normalised as by Lee et al. (2019); Omniglot is left as it is.
+Methods as in mtm_maml.py. As in the authors' code their outer steps differ: the step size is the same, but for SPSA a
+tenth, while their gradients are the mean's times 16 or more with SPSA, 4 with backprop and inner_first_order (sums over
+four tasks), and 1 with uniform and look_ahead. Images are augmented and normalised as by Lee et al. (2019); Omniglot is
+left as it is.
 """
 
 import ml_collections
@@ -44,6 +47,8 @@ def get_config(arg=None):
   )
   if arg.method not in METHODS:
     raise UserError(f'--config: method is one of {", ".join(METHODS)}, not {arg.method!r}')
+  if arg.model not in ('conv4', 'resnet12') or arg.tasks < 1:
+    raise UserError(f'--config: model is conv4 or resnet12, not {arg.model!r}; tasks at least 1, not {arg.tasks}')
   weighted = arg.method not in ('baseline', 'pretrain')
   tasks = arg.tasks if weighted else 1
   epoch, late = EPOCH // tasks, int(arg.original_schedule)
@@ -56,7 +61,10 @@ def get_config(arg=None):
   if arg.data != 'omniglot':
     constants = 'metaoptnet_cifar' if arg.data in ('cifar_fs', 'fc100') else 'metaoptnet_mini'
     config.data.update(augment=('crop', 'jitter', 'flip'), normalize=constants)
-  config.model = dict(name='resnet12') if arg.model == 'resnet12' else dict(name=arg.model, width=arg.width)
+  if arg.model == 'resnet12':
+    config.model = dict(name='resnet12', ramp=2 * 40_000 // 6)  # theirs counts six passes a meta-update, ours two
+  else:
+    config.model = dict(name='conv4', width=arg.width)
   config.algorithm = dict(name='protonet', batch_norm='running')
   config.weighting = _weighting(arg.method, tasks, epoch)
   config.optimizer = dict(

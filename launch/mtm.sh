@@ -22,7 +22,9 @@ if [[ $name == *protonet* ]]; then
   first=pretrain methods=${METHODS:-uniform baseline spsa spsa_track backprop inner_first_order look_ahead}
 else
   first=baseline
-  methods=${METHODS:-uniform spsa spsa_track spsa_coarse spsa_per_class backprop inner_first_order sin spsa_log look_ahead}
+  default='uniform spsa spsa_track spsa_per_class backprop inner_first_order sin spsa_log look_ahead'
+  [[ $string =~ data=(cifar_fs|fc100|omniglot) ]] && default+=' spsa_coarse' # these have superclasses
+  methods=${METHODS:-$default}
 fi
 
 run() { # METHOD SEED [ARGUMENTS]
@@ -30,6 +32,8 @@ run() { # METHOD SEED [ARGUMENTS]
   shift 2
   "$python" -m metajax.main --config="$config:$string,method=$method" --workdir="$runs/$method-$seed" \
     --config.seed="$seed" "$@"
+  # A run that was told to stop ends well too: the others must not start from half of it.
+  [[ -f $runs/$method-$seed/test.json ]] || { echo "mtm.sh: stopped; run again to go on" >&2 && exit 1; }
 }
 
 declare -A folders
@@ -37,6 +41,7 @@ for seed in ${SEEDS:-0}; do
   run "$first" "$seed" "$@"
   folders[$first]+=${folders[$first]:+,}$runs/$first-$seed
   for method in $methods; do
+    [[ $method == "$first" ]] && continue
     start=(--config.init_from="$runs/$first-$seed")
     [[ $method == baseline ]] && start=()
     run "$method" "$seed" "${start[@]}" "$@"
@@ -45,8 +50,12 @@ for seed in ${SEEDS:-0}; do
 done
 
 rows=()
-for method in $methods "$first"; do # differences are to the first, by default: as many meta-updates without weighting
+# Differences are to the first row: by default as many meta-updates without weighting.
+for method in ${methods//$first/} "$first"; do
   rows+=("$method=${folders[$method]}")
+done
+for argument in "$@"; do
+  [[ $argument == --data_dir=* ]] && rows+=("$argument")
 done
 "$python" -m metajax.compare "${rows[@]}" --markdown="$runs/comparison.md" --csv="$runs/comparison.csv" \
   --figure="$runs/comparison.png"

@@ -361,6 +361,11 @@ def notes(rows):
     others -= {'seed', 'init_from'}  # each seed starts from a baseline of its own
     if others:
       lines.append(f'{row.name}: its runs differ in more than their seeds: {", ".join(sorted(others))}')
+  inner_loops = {row.name: report.inner_loop(row.runs[0].config) for row in rows}
+  for name in config_lib.OF_INNER_LOOP:
+    if len({loop[name] for loop in inner_loops.values()}) > 1:
+      values = ', '.join(f'{row} {loop[name]}' for row, loop in inner_loops.items())
+      lines.append(f'{name} of the test differ: {values}')
   return lines
 
 

@@ -158,7 +158,7 @@ def task_weights(path, records):
     for i, color in enumerate(colors):
       axes[0].plot(steps, weights[:, i], color=color, linewidth=1.4, label=str(i + 1))
     if weights.shape[1] <= SHOWN:
-      axes[0].legend(title='place', ncols=2)
+      axes[0].legend(title='weight', ncols=2)
   else:
     for (low, high), alpha, label in (((0, 4), 0.25, 'all'), ((1, 3), 0.5, 'half of them')):
       axes[0].fill_between(

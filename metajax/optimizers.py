@@ -45,12 +45,17 @@ def make(
   }
   if schedule not in schedules:
     raise UserError(f'schedule is one of {", ".join(schedules)}, not {schedule!r}')
-  if len(boundaries) != len(rates) or list(boundaries) != sorted(boundaries):
-    raise UserError(f'boundaries = {boundaries}, rates = {rates}: one rate for each boundary is needed, in order')
+  numbers = all(type(b) is int for b in boundaries) and all(type(r) in (int, float) and r >= 0 for r in rates)
+  if not numbers or len(boundaries) != len(rates) or (0, *boundaries) != tuple(sorted({0, *boundaries})):
+    raise UserError(
+      f'boundaries = {boundaries}, rates = {rates}: a rate for each boundary is needed, the latter in order'
+    )
   if (schedule == 'steps') != bool(boundaries):
     raise UserError(f'boundaries = {boundaries} with schedule = {schedule!r}: those two go together')
   if (momentum or nesterov) and name != 'sgd':
     raise UserError(f'momentum and nesterov are of sgd, not of {name}')
+  if nesterov and not momentum:
+    raise UserError('nesterov is a kind of momentum: give momentum as well')
   if min(clip, weight_decay) < 0 or not 0 <= momentum < 1:
     raise UserError(f'clip = {clip}, weight_decay = {weight_decay}, momentum = {momentum}: out of range')
   own = {

@@ -98,7 +98,7 @@ def query_classes(episodes):
   """The training split's class of every query, (tasks, query) int32, from a meta-batch; 0 in regression."""
   class_ids, targets = episodes.class_ids, episodes.query.targets
   if class_ids.shape[-1] == 0:
-    return jnp.zeros(targets.shape[:2], jnp.int32)
+    return jnp.zeros((len(targets), targets.size // len(targets) // targets.shape[-1]), jnp.int32)
   return jnp.take_along_axis(class_ids, targets, axis=-1).reshape(len(targets), -1)
 
 
@@ -356,26 +356,33 @@ def start_from(workdir, state):
 
   def read():
     with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+      if not (steps := checkpoints.steps()):
+        raise UserError(f'config.init_from: there is no trained run in {workdir}')
       found = dict(zip(like, checkpoints.best_weights(), strict=True))
     there, here = (
       {jax.tree_util.keystr(path, simple=True, separator='/'): x.shape for path, x in jax.tree.leaves_with_path(tree)}
       for tree in (found, like)
     )
     differing = [
-      f'{name} is {there.get(name, "not there")} instead of {here.get(name, "nothing")}'
-      for name in sorted(there.keys() | here.keys())
-      if there.get(name) != here.get(name)
+      f'{n} is {there[n]} instead of {here[n]}' for n in sorted(there.keys() & here.keys()) if there[n] != here[n]
     ]
+    differing += [f'{name} is missing' for name in sorted(here.keys() - there.keys())]
+    differing += [f'{name} has no place' for name in sorted(there.keys() - here.keys())]
     if differing:
-      more = f', and {len(differing) - 8} more' if len(differing) > 8 else ''
+      more = f'; and {len(differing) - 8} more' if len(differing) > 8 else ''
       raise UserError(
         f'config.init_from: {workdir} has weights of another network: {"; ".join(differing[:8])}{more}. '
         'Choose the same model, algorithm and way'
       )
-    print(f'initial weights: the best of {workdir}')
+    step, total = steps[0], workdir_lib.read_config(workdir).total_steps
+    unfinished = f', which is at step {step} of {total}: it is not trained to its end' if step < total else ''
+    print(f'initial weights: the best of {workdir}{unfinished}')
     return jax.tree.map(lambda x, like: np.asarray(x, like.dtype), found, like)
 
   return state._replace(**processes.arrays_from_first(read, like))
+
+
+_MUST_BE_FINITE = {'loss', 'grad_norm', 'pair', 'weights', 'weights_quantiles'}
 
 
 class InFlight:
@@ -396,13 +403,13 @@ class InFlight:
     """Waits for all but the last `keep` steps, shows and writes their metrics.
 
     Raises:
-      FloatingPointError: one's loss or gradient is not finite; its text is the step.
+      FloatingPointError: one's loss, gradient or task weights are not finite; its text is the step.
     """
     while len(self._steps) > keep:
       step, metrics, stop = self._steps.popleft()
       metrics, stop = jax.device_get((metrics, stop))
       self.stop = self.stop or bool(stop)
-      if not np.isfinite(metrics['loss'] + metrics['grad_norm']):
+      if not all(np.isfinite(metrics[name]).all() for name in metrics.keys() & _MUST_BE_FINITE):
         raise FloatingPointError(step)
       self._progress.update(step, metrics)
       if due(step, self._log_every):
@@ -454,9 +461,10 @@ def _diverged(step, checkpoints):
     steps = checkpoints.steps()
     good = f'the last good checkpoint is of step {steps[0]}' if steps else 'there is no checkpoint before it'
     return (
-      f'training diverged: loss or gradient is not finite at step {step}; {good} in {checkpoints.directory}. '
-      'Try, in a new --workdir, a smaller config.algorithm.inner_lr or config.optimizer.learning_rate, or '
-      'config.optimizer.clip=10'
+      f'training diverged: loss, gradient or task weights are not finite at step {step}; {good} in '
+      f'{checkpoints.directory}. Try, in a new --workdir, a smaller config.algorithm.inner_lr or '
+      'config.optimizer.learning_rate, config.optimizer.clip=10, or, if tasks are weighted, a smaller '
+      'config.weighting.gain'
     )
 
   return UserError(processes.from_first(message))

@@ -164,3 +164,37 @@ def test_matplotlib_is_left_as_it_was(drawn):
   before = dict(matplotlib.rcParams)
   figures.inner_steps(drawn.path, [0.2, 0.5], [0.1, 0.1], quantity='accuracy')
   assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize(
+  'record',
+  [
+    {'train/weights': [0.5, 0.4], 'train/pair': [5.0, 5.1], 'train/gain': 0.2, 'train/radius': 15.0},
+    {'train/weights': [1.0] * 20},
+    {
+      'train/weights_quantiles': [0.1, 0.2, 0.3, 0.4, 0.5],
+      'train/pair': [1.0, 0.0],
+      'train/gain': 1,
+      'train/radius': 1,
+    },
+  ],
+  ids=['places', 'many', 'quantiles'],
+)
+def test_task_weights(drawn, record):
+  figures.task_weights(drawn.path, [{'step': k, **record} for k in (20, 10, 30)] + [{'step': 30}])
+  drawn.image()
+  axes = drawn.figure.axes
+  assert [ax.get_title(loc='left') for ax in axes][1:] == ['Values of the pair', 'Gain and radius'] * (
+    'train/pair' in record
+  )
+  if 'train/weights' in record:
+    assert len(axes[0].lines) == len(record['train/weights'])
+    np.testing.assert_array_equal(axes[0].lines[1].get_xydata()[:, 0], [10, 20, 30])
+    assert (axes[0].lines[1].get_ydata() == record['train/weights'][1]).all()
+  else:
+    assert (axes[0].lines[0].get_ydata() == 0.3).all()
+
+
+def test_without_task_weights_nothing_is_drawn(tmp_path):
+  figures.task_weights(tmp_path / 'figure.png', [{'step': 1, 'train/loss': 2.0}])
+  assert not (tmp_path / 'figure.png').exists()

@@ -72,7 +72,7 @@ def test_weights_of_another_network_are_refused_by_name(baseline, cache, tmp_pat
   assert f'config.init_from: {baseline} has weights of another network' in line
   assert 'params/head/kernel is (4, 3) instead of (4, 2)' in line and 'layer0' not in line
   assert run(tmp_path / 'run', f'--config.init_from={tmp_path / "nothing"}') == 2
-  assert 'no checkpoint' in capsys.readouterr().err
+  assert 'config.init_from: there is no trained run in' in capsys.readouterr().err
 
 
 def test_settings_of_sequences_come_back_from_the_command_line_and_from_a_file():

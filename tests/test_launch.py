@@ -11,6 +11,7 @@ import yaml
 from tests.conftest import ROOT
 
 LAUNCH = ROOT / 'launch'
+CONFIGS = LAUNCH.parent / 'configs'
 
 
 def stand_in(folder, name, script):
@@ -104,38 +105,46 @@ def test_local_sh_deals_out_the_gpus(tmp_path):
   assert run(tmp_path, *local_sh, '-n', '3')[0] == 2
 
 
-@pytest.mark.parametrize('script', ['local.sh', 'slurm.sbatch'])
+@pytest.mark.parametrize('script', ['local.sh', 'slurm.sbatch', 'mtm.sh'])
 def test_scripts_parse(script):
   subprocess.run(['bash', '-n', LAUNCH / script], check=True)
 
 
+# What a run leaves, in the --workdir among its arguments.
+TESTED = 'for x in "$@"; do [[ $x == --workdir=* ]] && mkdir -p "${x#*=}" && touch "${x#*=}/test.json"; done; true'
+
+
+def weigh_tasks(folder, config, string, *arguments, **environment):
+  """Runs mtm.sh; its status, and the calls of Python."""
+  return run(folder, 'bash', str(LAUNCH / 'mtm.sh'), str(CONFIGS / config), string, *arguments, **environment)
+
+
 def test_task_weighting_trains_the_baseline_then_each_method_from_it_and_compares(tmp_path):
-  stand_in(tmp_path, 'python', '')
-  command = (
-    'bash',
-    str(LAUNCH / 'mtm.sh'),
-    str(LAUNCH.parent / 'configs' / 'mtm_maml.py'),
-    'data=fc100,way=5',
-    '--x=a b',
-  )
-  status, calls = run(tmp_path, *command, SEEDS='0 3', METHODS='uniform spsa', RUNS='r')
-  config = f'python -m metajax.main --config={LAUNCH.parent}/configs/mtm_maml.py:data=fc100,way=5,method='
+  stand_in(tmp_path, 'python', TESTED)
+  environment = dict(SEEDS='0 3', METHODS='uniform baseline spsa', RUNS='r')
+  status, calls = weigh_tasks(tmp_path, 'mtm_maml.py', 'data=fc100,way=5', '--x=a b', '--data_dir=d', **environment)
+  config = f'python -m metajax.main --config={CONFIGS}/mtm_maml.py:data=fc100,way=5,method='
   expected = []
   for seed in (0, 3):
-    expected.append(f'{config}baseline --workdir=r/baseline-{seed} --config.seed={seed} --x=a b')
+    expected.append(f'{config}baseline --workdir=r/baseline-{seed} --config.seed={seed} --x=a b --data_dir=d')
     for method in ('uniform', 'spsa'):
-      rest = f'--config.seed={seed} --config.init_from=r/baseline-{seed} --x=a b'
+      rest = f'--config.seed={seed} --config.init_from=r/baseline-{seed} --x=a b --data_dir=d'
       expected.append(f'{config}{method} --workdir=r/{method}-{seed} {rest}')
   rows = ' '.join(f'{method}=r/{method}-0,r/{method}-3' for method in ('uniform', 'spsa', 'baseline'))
   files = '--markdown=r/comparison.md --csv=r/comparison.csv --figure=r/comparison.png'
-  expected.append(f'python -m metajax.compare {rows} {files}')
+  expected.append(f'python -m metajax.compare {rows} --data_dir=d {files}')
   assert status == 0 and calls == expected
 
 
 @pytest.mark.parametrize('status', [2, 3])
 def test_task_weighting_stops_at_a_run_that_fails(tmp_path, status):
-  stand_in(tmp_path, 'python', f'[[ $* != *method=spsa* ]] || exit {status}')
-  command = 'bash', str(LAUNCH / 'mtm.sh'), str(LAUNCH.parent / 'configs' / 'mtm_protonet.py'), 'way=5'
-  ended, calls = run(tmp_path, *command, METHODS='uniform spsa backprop')
+  stand_in(tmp_path, 'python', f'[[ $* != *method=spsa* ]] || exit {status}; {TESTED}')
+  ended, calls = weigh_tasks(tmp_path, 'mtm_protonet.py', 'way=5', METHODS='uniform spsa backprop')
   assert ended == status and len(calls) == 3 and 'method=pretrain' in calls[0]
   assert 'runs/mtm-protonet-way=5/uniform-0' in calls[1]
+
+
+def test_task_weighting_does_not_start_from_a_baseline_that_was_stopped(tmp_path):
+  stand_in(tmp_path, 'python', '')
+  ended, calls = weigh_tasks(tmp_path, 'mtm_maml.py', 'way=5')
+  assert ended == 1 and len(calls) == 1

@@ -11,8 +11,11 @@ import pytest
 
 from metajax import config as config_lib
 from metajax import outer_loop, parallel, train
+from metajax.data.episodes import Source
+from metajax.data.table import ClassTable
 from metajax.errors import UserError
-from metajax.weighting import spsa_look_ahead
+from metajax.types import Episode, Examples
+from metajax.weighting import spsa, spsa_look_ahead, spsa_per_class
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 # A task is its targets: the loss of query q is (w - target_q)^2, its derivative 2 (w - target_q).
@@ -84,6 +87,79 @@ def test_the_look_ahead_pair_prefers_the_weighting_that_helps(monkeypatch):
   assert change[2] > 0.1 and change[0] < -0.02
 
 
+# The whole step on the same tasks; the queries of task t are of the classes CLASSES[t].
+CLASSES = np.array([[3, 0], [1, 2], [2, 3]], np.int32)
+WEIGHTS = np.array([0.5, 2.0, 1.0, 4.0], np.float32)
+RATE = 0.1
+
+
+def quadratic_step(weighting, weights):
+  """A meta-update by gradient descent from w = W: w and weights after it, its metrics, the signs that it drew."""
+  order = np.array([[1, 0]], np.int32)  # the first query is of the second class of the episode
+
+  def decode(resident, targets):
+    queries = Examples(targets, jnp.broadcast_to(order, targets.shape))
+    return Episode(queries, queries, jnp.flip(resident[(targets[:, :1] == TARGETS[:, 0]).argmax(axis=1)], axis=1))
+
+  def step(state, constants, local):
+    return train.train_step(state, constants, local, experiment=experiment, tasks=3)
+
+  experiment = train.Experiment(
+    splits={},
+    sources={'train': Source(None, decode, None, 4)},
+    resident=None,
+    objective=None,
+    algorithm=None,
+    loss=lambda params, model_state, episode, rng: loss(params, model_state, episode.query.inputs, rng),
+    weighting=weighting,
+    tx=optax.sgd(RATE),
+    evaluation=None,
+    example=None,
+  )
+  params = {'w': jnp.float32(W)}
+  before = weighting.init(None)._replace(update=jnp.int32(1), weights=jnp.array(weights))
+  state = train.TrainState(jnp.int32(5), params, {}, experiment.tx.init(params), before)
+  rng = jax.random.key(3)
+  state, metrics = parallel.over_devices(step)(state, (jnp.array(CLASSES), rng), parallel.lay_out(TARGETS, 3, 2))
+  signs = spsa.signs(jax.random.split(jax.random.fold_in(rng, 5))[1], (3,))
+  return float(state.params['w']), np.asarray(state.weighting.weights), metrics, np.asarray(signs)
+
+
+def stepped(coefficients):
+  """w after the step with coefficients of tasks, or of queries."""
+  coefficients = coefficients if coefficients.ndim == 2 else coefficients[:, None]
+  return W - RATE * np.mean(coefficients * 2 * (W - TARGETS))
+
+
+def test_a_step_weights_tasks_and_moves_their_weights_by_the_losses_before_it():
+  weighting = spsa.make(tasks=3, gain=('constant', 0.1), radius=('constant', 0.1))
+  w, weights, metrics, signs = quadratic_step(weighting, WEIGHTS[:3])
+  np.testing.assert_allclose(w, stepped(1 / WEIGHTS[:3] ** 2), rtol=1e-5)
+  losses = np.square(W - TARGETS).mean(axis=1)
+  pair = [np.mean(losses / x**2 + np.log(x**2)) for x in (WEIGHTS[:3] + 0.1 * signs, WEIGHTS[:3] - 0.1 * signs)]
+  np.testing.assert_allclose(metrics['pair'], pair, rtol=1e-5)
+  np.testing.assert_allclose(weights, WEIGHTS[:3] - 0.1 * signs * (pair[0] - pair[1]) / 0.2, rtol=1e-4)
+  np.testing.assert_allclose(metrics['loss'], losses.mean(), rtol=1e-6)
+
+
+def test_a_step_weights_queries_by_their_class():
+  w, *_ = quadratic_step(spsa_per_class.make(num_classes=4), WEIGHTS)
+  np.testing.assert_allclose(w, stepped(1 / WEIGHTS[CLASSES] ** 2), rtol=1e-5)
+
+
+def test_a_step_tries_both_perturbed_weightings_and_takes_neither():
+  def relative(weights):
+    return weights**-2 / np.mean(weights**-2)
+
+  weighting = spsa_look_ahead.make(tasks=3, gain=('constant', 0.3), radius=('constant', 0.2))
+  w, weights, metrics, signs = quadratic_step(weighting, WEIGHTS[:3])
+  np.testing.assert_allclose(w, stepped(relative(WEIGHTS[:3])), rtol=1e-5)
+  tried = [stepped(relative(WEIGHTS[:3] * np.exp(side * 0.2 * signs))) for side in (1, -1)]
+  pair = [np.mean(np.square(x - TARGETS)) for x in tried]
+  np.testing.assert_allclose(metrics['pair'], pair, rtol=1e-5)
+  np.testing.assert_allclose(weights, WEIGHTS[:3] * np.exp(-0.3 * signs * (pair[0] - pair[1]) / 0.4), rtol=1e-4)
+
+
 KINDS = ('spsa', 'spsa_per_class', 'spsa_look_ahead')  # coefficients of tasks, of queries, and trials
 PAIRS = [('maml', weighting) for weighting in config_lib.names('weighting')]
 PAIRS += [(name, kind) for name in config_lib.names('algorithm') if name != 'maml' for kind in KINDS]
@@ -136,5 +212,25 @@ def test_a_task_of_several_episodes_has_their_mean_loss(algorithm):
   losses = jax.jit(jax.vmap(single.loss, (None, None, 0, None)))(params, model_state, episodes, None)[0]
   np.testing.assert_allclose(metrics['loss'], losses.mean(), rtol=1e-5)
   classes = np.take_along_axis(np.asarray(episodes.class_ids), np.asarray(episodes.query.targets), axis=1)
+  later = grouped.sources['train'].sample(1, 2)
+  assert_same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+  assert_same(later, jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), plain.sample(2, 4)))
   seen = train.query_classes(grouped.sources['train'].decode(plain.resident, grouped.sources['train'].sample(0, 3)))
   np.testing.assert_array_equal(seen, classes.reshape(3, -1))
+
+
+def test_groups_and_classes_of_regression():
+  config = {'total_steps': 1, 'data': {'name': 'sinusoid', 'tasks': 3, 'group': 2, 'shot': 4, 'query_shot': 5}}
+  config |= {'model': {'name': 'mlp', 'hidden': (4,)}, 'algorithm': {'name': 'maml'}, 'weighting': {'name': 'spsa'}}
+  made = train.make_experiment(config_lib.complete(config), None)
+  source = made.sources['train']
+  classes = train.query_classes(source.decode(source.resident, source.sample(0, 3)))
+  assert classes.shape == (3, 10) and not classes.any()
+  before, (after, _) = traced_step(made)
+  assert jax.tree.structure(before) == jax.tree.structure(after)
+
+
+def test_superclasses_are_numbered_by_name():
+  table = ClassTable(None, None, None, None, names=('a', 'b', 'c'), superclasses=('tree', 'cat', 'tree'))
+  np.testing.assert_array_equal(train.superclass_ids(table), [1, 0, 1])
+  assert train.superclass_ids(table._replace(superclasses=())) is None

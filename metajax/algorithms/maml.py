@@ -83,7 +83,7 @@ def make(
 
   def descend(params, model_state, support, rng):
     fast, merge = split(params)
-    loss_fn = support_loss(merge, model_state, support, rng)  # one dropout mask for all steps of a task
+    loss_fn = support_loss(merge, model_state, support, rng)  # one dropout mask: all steps descend the same loss
     fast, _ = inner_loop.sgd(loss_fn, fast, rates, first_order=first_order, checkpoint=checkpoint)
     return Adapted(merge(fast), query_state(merge(fast), model_state, support, rng))
 

@@ -23,7 +23,7 @@ def make(
 
   Training takes a task's support and query examples as one set, and each inner step a random part of it; evaluation
   adapts to the support set alone. The inner optimiser is Adam without momentum, as in the paper's experiments. With
-  the outer optimiser `sgd` the learning rate is the paper's epsilon.
+  the outer optimiser `sgd` the learning rate is the paper's epsilon. Dropout is never active.
 
   Args:
     model: a Flax module, inputs (n, ...) -> outputs (n, way).

@@ -187,7 +187,7 @@ def grouped(source, group):
 
   def decode(resident, batch):
     episodes = source.decode(resident, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch))
-    return jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), episodes)
+    return jax.tree.map(lambda x: x.reshape(len(x) // group, group, *x.shape[1:]), episodes)
 
   return source._replace(sample=sample, decode=decode)
 

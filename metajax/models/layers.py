@@ -81,8 +81,9 @@ class ConvBlock(nn.Module):
 class DropBlock(nn.Module):
   """DropBlock (Ghiasi et al. 2018): drops squares of each channel, ever more of them up to `rate` of all entries.
 
-  As MetaOptNet's released code has it. Active as the top of this file describes; 'calls' in 'counters' is the number of
-  calls so far, float32 so that it can be averaged over tasks like statistics.
+  As in MetaOptNet's released code, whose counter counted validation's calls too. Active as the top of this file
+  describes; 'calls' in 'counters' is the number of calls so far, float32 so that it can be averaged over tasks like
+  statistics.
 
   Attributes:
     rate: of the entries dropped at last.

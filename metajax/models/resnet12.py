@@ -15,7 +15,7 @@ class ResNet12(nn.Module):
 
   Lee et al. 2019, section 4.1: plain dropout follows the first two blocks, DropBlock the others; both are active if
   `apply` is given a key 'dropout', see `layers`. The last map is flattened: 16,000 features of 84x84 pixels, 2,560 of
-  32x32. DropBlock's ramp counts calls, as in the released code.
+  32x32. DropBlock's ramp counts passes of training: prototypical networks make two a meta-update, MAML one.
 
   Attributes: see `make`; `num_outputs` None for no head.
   """
@@ -75,7 +75,7 @@ def make(num_outputs, *, widths=(64, 160, 320, 640), dropout=0.1, block_size=2, 
     dropout: probability of dropout and DropBlock.
     block_size: side of DropBlock's squares in pixels of the map; MetaOptNet has 5 for mini- and tiered-ImageNet, 2 for
       CIFAR.
-    ramp: calls over which DropBlock's probability grows from 0 to `dropout`.
+    ramp: passes over which DropBlock's probability grows from 0 to `dropout`.
     pool: average the last map in place of flattening it.
 
   Raises:
