@@ -41,7 +41,8 @@ def make(
     batch_norm: what normalises. 'running': in training the batch's own statistics, support and query images in a pass
       each, those of all episodes of a task together; in evaluation running averages. 'transductive': support and query
       images of an episode by their own statistics; 'support': both by those of the support images.
-    batch_norm_momentum: how much of the running average stays at each pass.
+    batch_norm_momentum: how much of the running average stays at each pass. The averages of a meta-batch's tasks are
+      averaged in turn, so that several tasks count as one.
 
   Raises:
     UserError: an unknown batch-norm mode; regression.
