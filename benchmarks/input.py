@@ -32,6 +32,7 @@ import jax
 from benchmarks import synthetic
 from metajax import config as config_lib
 from metajax import evaluate, keys, parallel, train
+from metajax import experiment as experiment_lib
 from metajax.data import episodes, pipeline
 from metajax.progress import Progress
 
@@ -87,7 +88,7 @@ def main():
 
 def measure(config, data_dir, seconds):
   """Trains for so many seconds; returns what the table above shows."""
-  experiment = train.make_experiment(config, data_dir, ('train',))
+  experiment = experiment_lib.make(config, data_dir, ('train',))
   source, tasks = experiment.sources['train'], config.data.tasks
   chunk = parallel.chunk_size(config.chunk, tasks, evaluate.elements(source))
   step_fn = parallel.over_devices(functools.partial(train.train_step, experiment=experiment, tasks=tasks), donate=True)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metajax import evaluate, keys, losses, optimizers, parallel, train
+from metajax import experiment as experiment_lib
 from metajax.algorithms import maml
 from metajax.data.episodes import Source
 from metajax.models import conv4
@@ -132,7 +133,7 @@ def make_experiment(workload, *, order=2, checkpoint=False, weighting=None):
     first_order=order == 1,
     checkpoint=checkpoint,
   )
-  return train.Experiment(
+  return experiment_lib.Experiment(
     splits={},
     sources={'train': source, 'test': source},
     resident=parallel.replicate(episodes),

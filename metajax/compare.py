@@ -34,6 +34,7 @@ from absl import flags
 
 from metajax import config as config_lib
 from metajax import evaluate, figures, parallel, report, train
+from metajax import experiment as experiment_lib
 from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
 from metajax.errors import UserError, first_line
@@ -176,7 +177,7 @@ def read(folder, config, data_dir):
         raise UserError(f'{folder} holds no checkpoint to evaluate, and {why_not}: train first')
       print(f'{folder}: {why_not}: evaluating its best checkpoint', flush=True)
       try:
-        experiment = train.make_experiment(config, data_dir, ('train', 'test'))
+        experiment = experiment_lib.make(config, data_dir, ('train', 'test'))
         state = train.load_best(checkpoints, experiment, config)
         values = report.evaluate_test(config, experiment, state)
       except UserError as error:

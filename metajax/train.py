@@ -1,4 +1,4 @@
-"""Training: what a run consists of, one meta-update, and the loop."""
+"""Training: one meta-update, and the loop."""
 
 import collections
 import contextlib
@@ -14,14 +14,14 @@ import numpy as np
 import optax
 
 from metajax import config as config_lib
-from metajax import evaluate, keys, losses, optimizers, outer_loop, parallel, processes
+from metajax import evaluate, keys, outer_loop, parallel, processes
+from metajax import experiment as experiment_lib
 from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
-from metajax.data import episodes, pipeline
+from metajax.data import pipeline
 from metajax.errors import UserError
 from metajax.profiling import Profile
 from metajax.progress import Progress, readable
-from metajax.types import Algorithm, TaskWeighting
 from metajax.writer import Writer
 
 
@@ -33,21 +33,6 @@ class TrainState(NamedTuple):
   model_state: Any
   opt_state: Any
   weighting: Any
-
-
-class Experiment(NamedTuple):
-  """What a config stands for: the only place that reads its groups."""
-
-  splits: dict  # {split: ClassTable or Functions}
-  sources: dict  # {split: episodes.Source}
-  resident: Any  # what all of them keep on the devices
-  objective: losses.Objective
-  algorithm: Algorithm
-  loss: Any  # of one task of the meta-batch, which may be a group of episodes
-  weighting: TaskWeighting
-  tx: optax.GradientTransformation
-  evaluation: Algorithm  # the algorithm with evaluation's inner steps
-  example: Any  # an input batch to initialise with
 
 
 def train_step(state, constants, local, *, experiment, tasks):
@@ -119,120 +104,6 @@ def init_state(experiment, seed):
   return jax.jit(init)(keys.from_seed(seed))
 
 
-_COUNTS = (
-  *('total_steps', 'data.tasks', 'data.group', 'data.shot', 'data.query_shot'),
-  *('eval.episodes', 'eval.val_episodes'),
-)
-_COUNTS_OR_ZERO = ('seed', 'eval.seed', 'log_every', 'eval_every', 'checkpoint_every')
-
-
-def make_experiment(config, data_dir, needed=('train', 'test')):
-  """Loads the data and builds what the config names; `needed` are the splits that the data must have."""
-  for name in (*_COUNTS, *_COUNTS_OR_ZERO):
-    value, least = config_lib.get(config, name), int(name in _COUNTS)
-    if not isinstance(value, int) or value < least:
-      raise UserError(f'config.{name} = {value!r}: a whole number from {least} on is needed')
-  splits = processes.first_then_others(lambda: config_lib.build(config, 'data', str(data_dir)))
-  for split in needed:
-    if split not in splits:
-      hint = ', or use --mode=train' if split == 'test' else ''
-      raise UserError(f'config.data: {config.data.name} has no {split} split: add one{hint}')
-
-  sources = make_sources(config, splits)
-  shapes = jax.eval_shape(sources['train'].decode, sources['train'].resident, sources['train'].sample(0, 1))
-  targets = shapes.query.targets
-  regression = jnp.issubdtype(targets.dtype, jnp.floating)
-  objective = losses.REGRESSION if regression else losses.CLASSIFICATION
-  outputs = targets.shape[-1] if regression else config.data.way
-  model = config_lib.build(config, 'model', outputs)
-  for_evaluation = {k: config.eval[k] for k in config_lib.OF_INNER_LOOP if config.eval[k] is not None}
-  for name in for_evaluation:
-    if name not in config.algorithm:
-      raise UserError(f'config.eval.{name}: {config.algorithm.name} has no such setting')
-  way = config.data.way if config.eval.way is None else config.eval.way
-  algorithm = config_lib.build(config, 'algorithm', model, objective=objective, way=config.data.way)
-  evaluation = config_lib.build(config, 'algorithm', model, objective=objective, way=way, **for_evaluation)
-  example = np.zeros(shapes.support.inputs.shape[1:], np.float32)
-  if not regression and way > config.data.way:
-    check_outputs(evaluation, shapes.support, example, way)
-  tx = config_lib.call(optimizers.make, config, 'optimizer', config.total_steps)
-  sources['train'] = episodes.grouped(sources['train'], config.data.group)
-  return Experiment(
-    splits=splits,
-    sources=sources,
-    resident=parallel.replicate(sources['train'].resident),
-    objective=objective,
-    algorithm=algorithm,
-    loss=task_loss(algorithm, config.data.group),
-    weighting=config_lib.build(
-      config,
-      'weighting',
-      tasks=config.data.tasks,
-      tx=tx,
-      num_classes=sources['train'].num_classes,
-      superclass_ids=superclass_ids(splits['train']),
-    ),
-    tx=tx,
-    evaluation=evaluation,
-    example=example,
-  )
-
-
-def check_outputs(algorithm, support, example, way):
-  """Whether an algorithm has an output for each of `way` classes; `support` are a meta-batch's shapes."""
-  support = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), support)
-
-  def outputs(rng, example, support):
-    params, model_state = algorithm.init(rng, example)
-    return algorithm.predict(params, model_state, algorithm.adapt(params, model_state, support, rng), support.inputs)
-
-  found = jax.eval_shape(outputs, jax.random.key(0), example, support).shape[-1]
-  if way > found:
-    raise UserError(f'config.eval.way = {way}, but the network was trained with {found} outputs')
-
-
-def superclass_ids(data):
-  """Each class's superclass, (classes,) int32 counted from 0 in the order of their names; None without such."""
-  names = getattr(data, 'superclasses', ())
-  return np.unique(names, return_inverse=True)[1].astype(np.int32) if len(names) else None
-
-
-def task_loss(algorithm, group):
-  """`algorithm.loss`, if a task of the meta-batch is one episode; else that of `group` episodes, a leading axis."""
-  if group == 1:
-    return algorithm.loss
-  if algorithm.group_loss:
-    return algorithm.group_loss
-
-  def loss(params, model_state, episodes, rng):
-    losses, aux = jax.vmap(algorithm.loss, (None, None, 0, 0))(
-      params, model_state, episodes, jax.random.split(rng, group)
-    )
-    return losses, jax.tree.map(lambda x: x.mean(axis=0), aux)
-
-  return loss
-
-
-def make_sources(config, splits):
-  """Episodes of every split; those of validation and test are of evaluation's way and shot, and have its seed."""
-  sources = {}
-  for split, data in splits.items():
-    training = split == 'train'
-    sizes = {k: config.data[k] for k in ('way', 'shot', 'query_shot')}
-    if not training:
-      sizes.update({k: config.eval[k] for k in sizes if config.eval[k] is not None})
-    sources[split] = episodes.make_source(
-      data,
-      split,
-      **sizes,
-      seed=config.seed if training else config.eval.seed,
-      placement=config.data.placement,
-      augment=(config.data if training else config.eval).augment,
-      normalize=config.data.normalize,
-    )
-  return sources
-
-
 def run(config, workdir, *, data_dir, mode='train_and_eval'):
   """Trains and evaluates; goes on where the workdir's last run stopped.
 
@@ -250,7 +121,7 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
   with processes.on_first(workdir_lib.locked, workdir):
     settled = processes.from_first(lambda: config_lib.to_json(workdir_lib.settle_config(workdir, config, mode)))
     config = config_lib.from_json(settled)
-    experiment = make_experiment(config, data_dir, ('train',) if mode == 'train' else ('train', 'test'))
+    experiment = experiment_lib.make(config, data_dir, ('train',) if mode == 'train' else ('train', 'test'))
     with contextlib.closing(processes.on_first(Checkpoints, workdir)) as checkpoints:
       if mode != 'eval':
         with _stop_on_sigterm() as stop:

@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance
 from scipy import stats
 
 from metajax import config as config_lib
-from metajax import train
+from metajax import experiment as experiment_lib
 from metajax.data import augment, episodes
 from metajax.data.table import ClassTable
 from metajax.errors import UserError
@@ -287,7 +287,7 @@ def test_training_alone_is_augmented_unless_evaluation_asks_for_it():
   splits = {'train': table_of(), 'val': table_of(), 'test': table_of()}
 
   def of(*overrides):
-    sources = train.make_sources(config_lib.override(config, overrides), splits)
+    sources = experiment_lib.make_sources(config_lib.override(config, overrides), splits)
     return {split: decode(source, 0, 4) for split, source in sources.items()}
 
   def differing(a, b):

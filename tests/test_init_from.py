@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from metajax import config as config_lib
+from metajax import experiment as experiment_lib
 from metajax import main, train, workdir, writer
 from metajax.checkpoint import Checkpoints
 from metajax.errors import UserError
@@ -34,7 +35,7 @@ def assert_same(a, b):
 
 
 def test_initial_weights_are_the_best_of_the_other_run_to_the_bit(baseline, cache):
-  made = train.make_experiment(workdir.read_config(baseline), None)
+  made = experiment_lib.make(workdir.read_config(baseline), None)
   fresh = train.init_state(made, seed=7)
   started = train.start_from(str(baseline), fresh)
   checkpoints = Checkpoints(baseline, read_only=True)
@@ -58,7 +59,7 @@ def test_a_weighted_run_starts_from_a_baseline_and_goes_on_to_the_bit(baseline, 
   assert train_records[0] == train_records[1]
   assert len(train_records[0]) == 4 and len(train_records[0][-1]['train/weights']) == 2
   config = workdir.read_config(tmp_path / 'whole')
-  like = train.init_state(train.make_experiment(config, None), config.seed)
+  like = train.init_state(experiment_lib.make(config, None), config.seed)
   whole, halves = (Checkpoints(tmp_path / name, read_only=True).restore(4, like) for name in ('whole', 'halves'))
   assert_same(whole, halves)
   assert whole.weighting.update == 4 and whole.weighting.known and (whole.weighting.before > 0).all()
@@ -83,7 +84,7 @@ def test_settings_of_sequences_come_back_from_the_command_line_and_from_a_file()
   assert config_lib.differences(config, config_lib.from_json(config_lib.to_json(config))) == []
   assert json.loads(config_lib.to_json(config))['weighting']['radius'] == ['power', 15.0, 1 / 24]
   with pytest.raises(UserError, match='gain'):
-    train.make_experiment(
+    experiment_lib.make(
       config_lib.override(config_lib.load(TINY), ['--config.weighting.name=spsa', "--config.weighting.gain=('x',)"]),
       None,
     )

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from metajax import config as config_lib
+from metajax import experiment as experiment_lib
 from metajax import outer_loop, parallel, train
 from metajax.data.episodes import Source
 from metajax.data.table import ClassTable
@@ -104,7 +105,7 @@ def quadratic_step(weighting, weights):
   def step(state, constants, local):
     return train.train_step(state, constants, local, experiment=experiment, tasks=3)
 
-  experiment = train.Experiment(
+  experiment = experiment_lib.Experiment(
     splits={},
     sources={'train': Source(None, decode, None, 4)},
     resident=None,
@@ -175,7 +176,7 @@ def experiment(algorithm, weighting, group=1):
     'algorithm': {'name': algorithm},
     'weighting': {'name': weighting},
   }
-  return train.make_experiment(config_lib.complete(config), None)
+  return experiment_lib.make(config_lib.complete(config), None)
 
 
 def traced_step(experiment, run=jax.eval_shape):
@@ -188,7 +189,7 @@ def traced_step(experiment, run=jax.eval_shape):
 @pytest.mark.parametrize(('algorithm', 'weighting'), PAIRS)
 def test_every_algorithm_takes_a_step_with_every_kind_of_weighting(algorithm, weighting, monkeypatch):
   """Traced only; the numbers are those of the tests of each. What goes in can come out: the same shapes and types."""
-  monkeypatch.setattr(train, 'superclass_ids', lambda data: np.array([0, 0, 1, 1, 2, 2]))
+  monkeypatch.setattr(experiment_lib, 'superclass_ids', lambda data: np.array([0, 0, 1, 1, 2, 2]))
   made = experiment(algorithm, weighting)
   if algorithm == 'reptile' and 'class' in weighting:
     with pytest.raises(UserError, match='one loss for a task'):
@@ -222,7 +223,7 @@ def test_a_task_of_several_episodes_has_their_mean_loss(algorithm):
 def test_groups_and_classes_of_regression():
   config = {'total_steps': 1, 'data': {'name': 'sinusoid', 'tasks': 3, 'group': 2, 'shot': 4, 'query_shot': 5}}
   config |= {'model': {'name': 'mlp', 'hidden': (4,)}, 'algorithm': {'name': 'maml'}, 'weighting': {'name': 'spsa'}}
-  made = train.make_experiment(config_lib.complete(config), None)
+  made = experiment_lib.make(config_lib.complete(config), None)
   source = made.sources['train']
   classes = train.query_classes(source.decode(source.resident, source.sample(0, 3)))
   assert classes.shape == (3, 10) and not classes.any()
@@ -232,5 +233,5 @@ def test_groups_and_classes_of_regression():
 
 def test_superclasses_are_numbered_by_name():
   table = ClassTable(None, None, None, None, names=('a', 'b', 'c'), superclasses=('tree', 'cat', 'tree'))
-  np.testing.assert_array_equal(train.superclass_ids(table), [1, 0, 1])
-  assert train.superclass_ids(table._replace(superclasses=())) is None
+  np.testing.assert_array_equal(experiment_lib.superclass_ids(table), [1, 0, 1])
+  assert experiment_lib.superclass_ids(table._replace(superclasses=())) is None

@@ -16,6 +16,7 @@ import pytest
 import metajax
 from metajax import config as config_lib
 from metajax import evaluate, parallel, train
+from metajax import experiment as experiment_lib
 from metajax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -44,7 +45,7 @@ def build(chunk, batch_norm='running'):
       'optimizer': {'name': 'sgd', 'learning_rate': 1.0, 'clip': 0.0},
     }
   )
-  return config, train.make_experiment(config, data_dir=None)
+  return config, experiment_lib.make(config, data_dir=None)
 
 
 def compile_step(config, experiment):
