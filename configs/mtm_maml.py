@@ -16,9 +16,10 @@ tables were not to be had; the authors' log has baselines of CIFAR-FS at 75.0 % 
 
 Methods: baseline; uniform, the same budget as MTM without weighting; those of the paper, spsa, spsa_track, spsa_coarse,
 spsa_per_class, backprop, inner_first_order; sin, a control; and ours, spsa_log (weights that follow the losses) and
-look_ahead (weights judged by trial steps). Validation adapts as long as the test does (10 steps; theirs: 5), on 400
-episodes. Note that `spsa` and `spsa_track` start at 1/4 and are normalised to about 1/2 at update 100, a jump of the
-gradient that Adam takes hundreds of updates to forget; `--config.weighting.initial=0.5` is without. `data=omniglot` is ours: strided Conv4-64 as in the MAML paper, and one inner step of 0.4.
+look_ahead (weights judged by trial steps). As the authors', `spsa` and `spsa_track` start at 1/4 and are normalised to
+about 1/2 at update 100, a jump of the gradient that Adam takes hundreds of updates to forget;
+`--config.weighting.initial=0.5` is without. Validation adapts as long as the test does (10 steps; theirs: 5), on 400
+episodes. `data=omniglot` is ours: strided Conv4-64 as in the MAML paper, and one inner step of 0.4.
 """
 
 import ml_collections
