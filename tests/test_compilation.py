@@ -34,7 +34,8 @@ def recorded(monkeypatch):
 
 @pytest.mark.usefixtures('quick_compilation')
 def test_each_program_is_compiled_once_and_none_in_the_loop(cache, tmp_path, monkeypatch):
-  config = config_lib.override(config_lib.load(TINY), ['--config.eval_every=2', '--config.checkpoint_every=3'])
+  settings = ['--config.eval_every=2', '--config.checkpoint_every=3', '--config.model.name=mlp']
+  config = config_lib.override(config_lib.load(TINY), settings)
 
   def run(total_steps, mode):
     config.total_steps = total_steps

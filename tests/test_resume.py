@@ -12,8 +12,13 @@ def tiny(*overrides):
   return [f'--config={TINY}', '--config.data.augment=("crop", "jitter", "flip", "rotate")', *overrides]
 
 
-def test_killed_at_random_moments_the_run_ends_the_same(cache, tmp_path):
+def tinier(*overrides):
+  return tiny('--config.model.name=mlp', '--config.model.hidden=(8,)', *overrides)
+
+
+def test_killed_at_random_moments_the_run_ends_the_same(cache, tmp_path, monkeypatch):
   """The short form of `python -m tests.kill_and_resume`."""
+  monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
   arguments = tiny('--config.total_steps=60', '--config.eval_every=20', '--config.checkpoint_every=7')
   assert len(list(kill_and_resume.check(arguments, tmp_path, kills=3))) >= 2
 
@@ -22,7 +27,7 @@ def test_differences_would_be_seen(cache, tmp_path):
   """The comparison that the test above relies on tells two runs of different seeds apart."""
   outcomes = []
   for seed in (0, 1):
-    assert main.main(['metajax', *tiny(f'--config.seed={seed}', f'--workdir={tmp_path / str(seed)}')]) == 0
+    assert main.main(['metajax', *tinier(f'--config.seed={seed}', f'--workdir={tmp_path / str(seed)}')]) == 0
     outcomes.append(kill_and_resume.outcome(tmp_path / str(seed)))
   found = kill_and_resume.differences(*outcomes)
   assert 'metrics' in found and 'test' in found and any('params' in name for name in found)
@@ -30,7 +35,7 @@ def test_differences_would_be_seen(cache, tmp_path):
 
 
 def test_a_run_goes_on_after_its_latest_checkpoint_was_damaged(cache, tmp_path, capsys):
-  arguments = ['metajax', *tiny(f'--workdir={tmp_path / "run"}')]
+  arguments = ['metajax', *tinier(f'--workdir={tmp_path / "run"}')]
   assert main.main(arguments) == 0
   expected = kill_and_resume.outcome(tmp_path / 'run')
   capsys.readouterr()
@@ -44,7 +49,7 @@ def test_a_run_goes_on_after_its_latest_checkpoint_was_damaged(cache, tmp_path, 
 
 def test_a_checkpoint_of_four_devices_goes_on_on_one_and_the_other_way_round(cache, tmp_path):
   def run(name, devices, steps):
-    arguments = tiny(
+    arguments = tinier(
       f'--workdir={tmp_path / name}',
       '--mode=train',
       f'--config.total_steps={steps}',
@@ -52,7 +57,8 @@ def test_a_checkpoint_of_four_devices_goes_on_on_one_and_the_other_way_round(cac
       '--config.optimizer.learning_rate=0.01',
     )
     flags = f'--xla_force_host_platform_device_count={devices}'
-    process = start(*arguments, METAJAX_CACHE=str(cache), XLA_FLAGS=flags)
+    quick = dict(METAJAX_CACHE=str(cache), JAX_DISABLE_MOST_OPTIMIZATIONS='1')
+    process = start(*arguments, XLA_FLAGS=flags, **quick)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert f'{devices} cpu device(s)' in output
@@ -69,6 +75,6 @@ def test_a_checkpoint_of_four_devices_goes_on_on_one_and_the_other_way_round(cac
 
 def test_a_config_that_failed_at_the_start_leaves_the_workdir_free(cache, tmp_path, capsys):
   workdir = f'--workdir={tmp_path / "run"}'
-  assert main.main(['metajax', *tiny(workdir, '--config.data.shot=100')]) == 2
-  assert main.main(['metajax', *tiny(workdir, '--config.total_steps=1', '--mode=train')]) == 0
+  assert main.main(['metajax', *tinier(workdir, '--config.data.shot=100')]) == 2
+  assert main.main(['metajax', *tinier(workdir, '--config.total_steps=1', '--mode=train')]) == 0
   assert (tmp_path / 'run' / 'config.json').exists()
