@@ -230,16 +230,7 @@ def start_from(workdir, state):
       if not (steps := checkpoints.steps()):
         raise UserError(f'config.init_from: there is no trained run in {workdir}')
       found = dict(zip(like, checkpoints.best_weights(), strict=True))
-    there, here = (
-      {jax.tree_util.keystr(path, simple=True, separator='/'): x.shape for path, x in jax.tree.leaves_with_path(tree)}
-      for tree in (found, like)
-    )
-    differing = [
-      f'{n} is {there[n]} instead of {here[n]}' for n in sorted(there.keys() & here.keys()) if there[n] != here[n]
-    ]
-    differing += [f'{name} is missing' for name in sorted(here.keys() - there.keys())]
-    differing += [f'{name} has no place' for name in sorted(there.keys() - here.keys())]
-    if differing:
+    if differing := mismatches(found, like):
       more = f'; and {len(differing) - 8} more' if len(differing) > 8 else ''
       raise UserError(
         f'config.init_from: {workdir} has weights of another network: {"; ".join(differing[:8])}{more}. '
@@ -251,6 +242,20 @@ def start_from(workdir, state):
     return jax.tree.map(lambda x, like: np.asarray(x, like.dtype), found, like)
 
   return state._replace(**processes.arrays_from_first(read, like))
+
+
+def mismatches(found, wanted):
+  """What keeps one pytree of arrays from taking the place of another: a phrase for each leaf, by its path."""
+  found, wanted = (
+    {jax.tree_util.keystr(path, simple=True, separator='/'): x.shape for path, x in jax.tree.leaves_with_path(tree)}
+    for tree in (found, wanted)
+  )
+  both = sorted(found.keys() & wanted.keys())
+  return [
+    *(f'{name} is {found[name]} instead of {wanted[name]}' for name in both if found[name] != wanted[name]),
+    *(f'{name} is missing' for name in sorted(wanted.keys() - found.keys())),
+    *(f'{name} has no place' for name in sorted(found.keys() - wanted.keys())),
+  ]
 
 
 _MUST_BE_FINITE = {'loss', 'grad_norm', 'pair', 'weights', 'weights_quantiles'}
