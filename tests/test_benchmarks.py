@@ -38,6 +38,7 @@ def check_step_rows(rows, implementations):
     assert row['grad_norm'] == pytest.approx(rows[0]['grad_norm'], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_meta_update_beside_plain_jax(tmp_path, capsys):
   options = '--order=2', '--rounds=2', '--implementations=metajax,torch_loop,jax_vmap_conv'
   written = results(maml_step.main, tmp_path, *options)
@@ -103,6 +104,7 @@ def test_checkpointed_second_order_needs_the_memory_of_first_order(tmp_path):
   assert row['checkpointed_to_first_order'] == checkpointed / first
 
 
+@pytest.mark.slow
 def test_augmentation_beside_pillow(tmp_path, monkeypatch):
   monkeypatch.setattr(workload, 'TrainStep', train_step.__wrapped__)  # a source cannot be a key of the cache
   names = 'crop', 'jitter', 'flip', 'rotate'
@@ -113,6 +115,7 @@ def test_augmentation_beside_pillow(tmp_path, monkeypatch):
   assert all(row['augment'] == list(names) and row['step_ms'] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_evaluation_beside_training(tmp_path):
   (row,) = results(evaluation.main, tmp_path, '--order=1', '--episodes=4', '--rounds=1')['rows']
   assert list(row['tasks_per_second']) == ['training, order 1', 'evaluation']
