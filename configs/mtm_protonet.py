@@ -90,17 +90,10 @@ def _schedule(method, epoch, late):
   if method == 'pretrain':
     return dict(learning_rate=RATES[0])
   if method == 'baseline':
-    return dict(
-      learning_rate=RATES[0],
-      schedule='steps',
-      boundaries=tuple((e + late) * epoch for e in (20, 40, 50)),
-      rates=RATES[1:],
-    )
-  rates = [rate / 10 if method in ('spsa', 'spsa_track') else rate for rate in RATES[1:]]
-  if late:
-    return dict(
-      learning_rate=RATES[0], schedule='steps', boundaries=tuple(e * epoch for e in (1, 21, 31)), rates=tuple(rates)
-    )
+    rates, ends = RATES, [e + late for e in (20, 40, 50)]
+  else:
+    rates = [rate / 10 if method in ('spsa', 'spsa_track') else rate for rate in RATES[1:]]
+    rates, ends = ([RATES[0], *rates], (1, 21, 31)) if late else (rates, (20, 30))
   return dict(
-    learning_rate=rates[0], schedule='steps', boundaries=tuple(e * epoch for e in (20, 30)), rates=tuple(rates[1:])
+    learning_rate=rates[0], schedule='steps', boundaries=tuple(e * epoch for e in ends), rates=tuple(rates[1:])
   )

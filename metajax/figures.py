@@ -127,9 +127,8 @@ def learning_curves(path, records):
       ax.set_ylim(max(low - pad, min(low, 0)), min(high + pad, 101) if scale == 100 else high + pad)
     else:
       ax.text(0.5, 0.5, 'nothing recorded yet', transform=ax.transAxes, ha='center', color=GREY)
-    ax.set(title=f'Query {quantity}', xlabel='meta-updates', ylabel='accuracy (%)' if scale == 100 else 'loss')
-    ax.xaxis.set_major_formatter(EngFormatter(sep=''))
-    ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    ax.set(title=f'Query {quantity}', ylabel='accuracy (%)' if scale == 100 else 'loss')
+    _count_meta_updates(ax)
   if handles:
     fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=2)
   _save(fig, path)
@@ -177,9 +176,7 @@ def task_weights(path, records):
     for ax in axes[1:]:
       ax.legend()
   for ax in axes:
-    ax.set_xlabel('meta-updates')
-    ax.xaxis.set_major_formatter(EngFormatter(sep=''))
-    ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    _count_meta_updates(ax)
   _save(fig, path)
 
 
@@ -358,6 +355,13 @@ def _series(records, key, scale):
   """The values of a key by step: (n,) steps, (n,) values; where a step was recorded twice the later record counts."""
   found = {r['step']: r[key] for r in records if r.get(key) is not None and np.isfinite(r[key])}
   return np.array(sorted(found)), scale * np.array([found[step] for step in sorted(found)])
+
+
+def _count_meta_updates(ax):
+  """Makes the horizontal axis one of meta-updates: whole numbers, thousands as k."""
+  ax.set_xlabel('meta-updates')
+  ax.xaxis.set_major_formatter(EngFormatter(sep=''))
+  ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def _running_mean(values, window):

@@ -26,8 +26,7 @@ def make(*, tasks, tx, optimizer='outer', learning_rate=1e-3, form='mean', linea
     tasks: places of a meta-batch.
     tx: the outer optimiser.
     optimizer: what moves the weights: 'outer', the outer optimiser with all its settings (Backprop; `clip` knows the
-      norm of their gradient alone), or 'adam', an Adam
-      of their own (Inner First-Order).
+      norm of their gradient alone), or 'adam', an Adam of their own (Inner First-Order).
     learning_rate: of that Adam.
     form: 'mean' over the tasks or 'sum'.
     linear: w L in place of L / w^2 + ln w^2; then all weights fall, and become negative.
