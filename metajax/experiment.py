@@ -11,7 +11,7 @@ from metajax import config as config_lib
 from metajax import losses, optimizers, parallel, processes
 from metajax.data import episodes
 from metajax.errors import UserError
-from metajax.types import Algorithm, TaskWeighting
+from metajax.types import Algorithm, Phase, TaskWeighting
 
 
 class Experiment(NamedTuple):
@@ -22,7 +22,7 @@ class Experiment(NamedTuple):
   resident: Any  # what all of them keep on the devices
   objective: losses.Objective
   algorithm: Algorithm
-  loss: Any  # of one task of the meta-batch, which may be a group of episodes
+  phases: tuple[Phase, ...]  # of training: at least one, with losses of one task, which may be a group of episodes
   weighting: TaskWeighting
   tx: optax.GradientTransformation
   evaluation: Algorithm  # the algorithm with evaluation's inner steps
@@ -59,6 +59,8 @@ def make(config, data_dir, needed=('train', 'test')):
   for name in for_evaluation:
     if name not in config.algorithm:
       raise UserError(f'config.eval.{name}: {config.algorithm.name} has no such setting')
+  if config.eval.inner_lr is not None and config.algorithm.get('learned_lr', 'no') != 'no':
+    raise UserError('config.eval.inner_lr: step sizes are learned, and evaluation has no others')
   way = config.data.way if config.eval.way is None else config.eval.way
   algorithm = config_lib.build(config, 'algorithm', model, objective=objective, way=config.data.way)
   evaluation = config_lib.build(config, 'algorithm', model, objective=objective, way=way, **for_evaluation)
@@ -73,7 +75,7 @@ def make(config, data_dir, needed=('train', 'test')):
     resident=parallel.replicate(sources['train'].resident),
     objective=objective,
     algorithm=algorithm,
-    loss=task_loss(algorithm, config.data.group),
+    phases=make_phases(algorithm, config.data.group),
     weighting=config_lib.build(
       config,
       'weighting',
@@ -107,20 +109,24 @@ def superclass_ids(data):
   return np.unique(names, return_inverse=True)[1].astype(np.int32) if len(names) else None
 
 
-def task_loss(algorithm, group):
-  """`algorithm.loss`, if a task of the meta-batch is one episode; else that of `group` episodes, a leading axis."""
-  if group == 1:
-    return algorithm.loss
-  if algorithm.group_loss:
-    return algorithm.group_loss
+def make_phases(algorithm, group):
+  """The phases of training on tasks of `group` episodes each, which have a leading axis then; one if it has none."""
 
-  def loss(params, model_state, episodes, rng):
-    losses, aux = jax.vmap(algorithm.loss, (None, None, 0, 0))(
-      params, model_state, episodes, jax.random.split(rng, group)
-    )
-    return losses, jax.tree.map(lambda x: x.mean(axis=0), aux)
+  def of_group(loss):
+    def group_loss(params, model_state, episodes, rng, step):
+      rngs = jax.random.split(rng, group)
+      losses, aux = jax.vmap(loss, (None, None, 0, 0, None))(params, model_state, episodes, rngs, step)
+      return losses, jax.tree.map(lambda x: x.mean(axis=0), aux)
 
-  return loss
+    return group_loss if group > 1 else loss
+
+  def without_step(loss):
+    return lambda params, model_state, episode, rng, step: loss(params, model_state, episode, rng)
+
+  if group > 1 and algorithm.group_loss:
+    return (Phase(0, without_step(algorithm.group_loss)),)
+  phases = algorithm.phases or (Phase(0, without_step(algorithm.loss)),)
+  return tuple(phase._replace(loss=of_group(phase.loss)) for phase in phases)
 
 
 def make_sources(config, splits):

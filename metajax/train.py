@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
   weighting: Any
 
 
-def train_step(state, constants, local, *, experiment, tasks):
+def train_step(state, constants, local, *, experiment, tasks, phase=0):
   """One meta-update on a meta-batch; pure, compiled by `parallel.over_devices`.
 
   Args:
@@ -44,11 +44,13 @@ def train_step(state, constants, local, *, experiment, tasks):
     local: this device's part of the meta-batch, see `parallel.lay_out`.
     experiment: what is trained.
     tasks: in the meta-batch.
+    phase: which of training's phases it is in.
 
   Returns:
-    the next state; scalar metrics.
+    the next state; metrics, scalars and vectors.
   """
-  loss, weighting, tx = experiment.loss, experiment.weighting, experiment.tx
+  weighting, tx = experiment.weighting, experiment.tx
+  loss = functools.partial(experiment.phases[phase].loss, step=state.step)
   resident, rng = constants
   rng_tasks, rng_weighting = jax.random.split(jax.random.fold_in(rng, state.step))
   episodes_of = functools.partial(experiment.sources['train'].decode, resident)
@@ -170,7 +172,10 @@ def train(config, experiment, workdir, checkpoints, stop):
   def make_batch(step):
     return parallel.lay_out(source.sample((step - 1) * tasks + first, count), tasks, chunk)
 
-  step_fn = parallel.over_devices(functools.partial(train_step, experiment=experiment, tasks=tasks), donate=True)
+  step_fns = [
+    parallel.over_devices(functools.partial(train_step, experiment=experiment, tasks=tasks, phase=i), donate=True)
+    for i in range(len(experiment.phases))
+  ]
   constants = experiment.resident, parallel.replicate(keys.from_seed(config.seed))
   validate = validation(config, experiment)
   with (
@@ -186,8 +191,11 @@ def train(config, experiment, workdir, checkpoints, stop):
       progress.say(f'config.profile = {config.profile}: these meta-updates are done already and will not be traced')
     in_flight = InFlight(progress, writer, config.log_every)
     for step, local in batches:
+      phase = sum(later.start < step for later in experiment.phases[1:])
+      if phase and experiment.phases[phase].start == step - 1:
+        progress.say(f'meta-update {step}: the next phase of training begins, and is compiled first')
       try:
-        state, metrics = profile.step(step, step_fn, state, constants, local)
+        state, metrics = profile.step(step, step_fns[phase], state, constants, local)
         in_flight.add(step, metrics, parallel.anywhere(stop.is_set()))
         evaluating = due(step, config.eval_every) or step == total
         if not (evaluating or due(step, config.checkpoint_every) or in_flight.stop):

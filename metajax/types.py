@@ -22,6 +22,13 @@ class Episode(NamedTuple):
   class_ids: Array  # (way,) int32, the split's classes behind targets 0..way-1; (0,) in regression
 
 
+class Phase(NamedTuple):
+  """A part of training with a loss of its own, compiled when it begins."""
+
+  start: int  # meta-updates done before it
+  loss: Callable  # (params, model_state, episode, rng, step): `Algorithm.loss` after so many meta-updates, () int32
+
+
 class Algorithm(NamedTuple):
   """A few-shot learner: pure functions over ONE task, to be mapped over tasks by the caller.
 
@@ -39,6 +46,8 @@ class Algorithm(NamedTuple):
   # Like `loss`, of several episodes at once: a leading axis of them in, losses (episodes, query) out. None where each
   # is by itself; otherwise they share a pass through the network.
   group_loss: Callable | None = None
+  # What training takes in place of `loss`, if it changes with time: the first starts at 0, the others follow in order.
+  phases: tuple[Phase, ...] = ()
 
 
 class TaskWeighting(NamedTuple):

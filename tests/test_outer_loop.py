@@ -15,7 +15,7 @@ from metajax import outer_loop, parallel, train
 from metajax.data.episodes import Source
 from metajax.data.table import ClassTable
 from metajax.errors import UserError
-from metajax.types import Episode, Examples
+from metajax.types import Episode, Examples, Phase
 from metajax.weighting import spsa, spsa_look_ahead, spsa_per_class
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -111,7 +111,7 @@ def quadratic_step(weighting, weights):
     resident=None,
     objective=None,
     algorithm=None,
-    loss=lambda params, model_state, episode, rng: loss(params, model_state, episode.query.inputs, rng),
+    phases=(Phase(0, lambda params, state, episode, rng, step: loss(params, state, episode.query.inputs, rng)),),
     weighting=weighting,
     tx=optax.sgd(RATE),
     evaluation=None,
@@ -173,14 +173,14 @@ def experiment(algorithm, weighting, group=1):
     'data': {'name': 'glyphs', 'classes': (6, 4, 4), 'images_per_class': 4, 'size': 8}
     | {'tasks': 3, 'group': group, 'way': 3, 'shot': 1, 'query_shot': 2},
     'model': {'name': 'mlp', 'hidden': (4,)},
-    'algorithm': {'name': algorithm},
+    'algorithm': {'name': algorithm} | ({'per_step_norm': False} if algorithm == 'mamlpp' else {}),
     'weighting': {'name': weighting},
   }
   return experiment_lib.make(config_lib.complete(config), None)
 
 
-def traced_step(experiment, run=jax.eval_shape):
-  step = parallel.over_devices(functools.partial(train.train_step, experiment=experiment, tasks=3))
+def traced_step(experiment, run=jax.eval_shape, phase=0):
+  step = parallel.over_devices(functools.partial(train.train_step, experiment=experiment, tasks=3, phase=phase))
   state = train.init_state(experiment, seed=0)
   constants = experiment.resident, parallel.replicate(jax.random.key(0))
   return state, run(step, state, constants, parallel.lay_out(experiment.sources['train'].sample(0, 3), 3, 2))
@@ -195,10 +195,11 @@ def test_every_algorithm_takes_a_step_with_every_kind_of_weighting(algorithm, we
     with pytest.raises(UserError, match='one loss for a task'):
       traced_step(made)
     return
-  before, (after, metrics) = traced_step(made)
-  assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
-  assert {'loss', 'accuracy', 'grad_norm'} <= metrics.keys()
-  assert (weighting == 'uniform') or any(name.startswith('weights') for name in metrics)
+  for phase in range(len(made.phases)):
+    before, (after, metrics) = traced_step(made, phase=phase)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
+    assert {'loss', 'accuracy', 'grad_norm'} <= metrics.keys()
+    assert (weighting == 'uniform') or any(name.startswith('weights') for name in metrics)
 
 
 @pytest.mark.parametrize('algorithm', ['maml', 'protonet'])
