@@ -1,68 +1,149 @@
 """Differentiable gradient descent on one task, shared by every gradient-based learner."""
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from metajax.errors import UserError
 
 
-def _sgd_step(loss_fn, first_order):
-  def step(params, rate):
-    loss, grads = jax.value_and_grad(loss_fn)(params)
-    if first_order:
-      grads = jax.lax.stop_gradient(grads)
-    return jax.tree.map(lambda p, g: p - rate * g, params, grads), loss
+def sgd(loss_fn, params, steps, *, rate=lambda step: step, first_order=False, checkpoint=False, path=False):
+  """Takes SGD steps on one task's support loss, differentiable in `params`, `steps` and whatever `rate` reads.
 
-  return step
-
-
-def sgd(loss_fn, params, rates, *, first_order=False, checkpoint=False):
-  """Takes SGD steps on one task's support loss, differentiable in `params` and `rates`.
-
-  Finn et al. 2017, Algorithm 1, line 6.
+  Finn et al. 2017, Algorithm 1, line 6; with other step sizes for each tensor and step Antoniou et al. 2019, section 4
+  (LSLR), with one for each weight Li et al. 2017 (Meta-SGD).
 
   Args:
-    loss_fn: params -> scalar, mean support loss.
+    loss_fn: (params, step) -> scalar, mean support loss; and what to keep of each step, any pytree.
     params: pytree of initial weights.
-    rates: (steps,) step sizes; its length is the number of steps.
-    first_order: drop second derivatives (FOMAML).
+    steps: pytree with a leading axis of steps: in what they differ. `loss_fn` and `rate` get a step's slice of it.
+    rate: step -> step size, a scalar or a pytree like `params` whose leaves broadcast against its; by default `steps`
+      are the step sizes themselves.
+    first_order: drop second derivatives (FOMAML): gradients are constants, step sizes are not.
     checkpoint: keep only the weights between steps for the backward pass and compute the rest again: the memory of
       one step instead of all, for about a third more time. From 9 steps on the weights too are kept between groups of
       steps only, and within one group at a time: of n steps about 2 sqrt(n) copies, for one more forward pass.
+    path: keep the weights after each step as well.
 
   Returns:
-    fast weights, a pytree like `params`; support losses (steps,), each before its step.
+    fast weights, a pytree like `params`; what `loss_fn` kept, with a leading axis of steps; with `path` a third, the
+    weights after each step, likewise.
   """
-  step = _sgd_step(loss_fn, first_order)
+  gradient = jax.grad(loss_fn, has_aux=True)
+
+  def take_step(params, step):
+    grads, kept = gradient(params, step)
+    if first_order:
+      grads = jax.lax.stop_gradient(grads)
+    rates = jax.tree.broadcast(rate(step), params)
+    params = jax.tree.map(lambda p, r, g: p - r * g, params, rates, grads)
+    return params, (kept, params) if path else (kept,)
+
+  params, kept = _scan(take_step, params, steps, checkpoint)
+  return params, *kept
+
+
+def _scan(take_step, params, steps, checkpoint):
   if not checkpoint:
-    return jax.lax.scan(step, params, rates)
+    return jax.lax.scan(take_step, params, steps)
   # Inside a loop nothing else could be made one with what is computed again, so there is nothing to prevent.
-  take_steps = functools.partial(jax.lax.scan, jax.checkpoint(step, prevent_cse=False))
-  steps = len(rates)
-  if steps < 9:
-    return take_steps(params, rates)
+  take_steps = functools.partial(jax.lax.scan, jax.checkpoint(take_step, prevent_cse=False))
+  number = len(jax.tree.leaves(steps)[0])
+  if number < 9:
+    return take_steps(params, steps)
   # A rest of one step would be no loop, and XLA could compute it while it still has the memory of what follows.
-  group = min((size for size in range(2, steps) if steps % size != 1), key=lambda size: steps // size + size)
-  grouped = steps // group * group
-  params, losses = jax.lax.scan(
-    jax.checkpoint(take_steps, prevent_cse=False), params, rates[:grouped].reshape(-1, group)
-  )
-  params, last = take_steps(params, rates[grouped:])
-  return params, jnp.concatenate([losses.reshape(-1), last])
-
-
-def sgd_trajectory(loss_fn, params, rates):
-  """The weights along `sgd`: a pytree like `params` with a leading axis of steps + 1, the initial weights first."""
-  step = _sgd_step(loss_fn, first_order=True)
-
-  def keep(params, rate):
-    params, _ = step(params, rate)
-    return params, params
-
-  _, path = jax.lax.scan(keep, params, rates)
-  return prepend(params, path)
+  group = min((size for size in range(2, number) if number % size != 1), key=lambda size: number // size + size)
+  grouped = number // group * group
+  groups = jax.tree.map(lambda x: x[:grouped].reshape(-1, group, *x.shape[1:]), steps)
+  params, kept = jax.lax.scan(jax.checkpoint(take_steps, prevent_cse=False), params, groups)
+  params, last = take_steps(params, jax.tree.map(lambda x: x[grouped:], steps))
+  return params, jax.tree.map(lambda x, y: jnp.concatenate([x.reshape(-1, *x.shape[2:]), y]), kept, last)
 
 
 def prepend(first, rest):
   """Puts a pytree in front of one with a leading axis."""
   return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rest)
+
+
+def rows(tables, steps):
+  """Of a pytree of tables (inner_steps, ...) the rows that the steps use: beyond the last its row again.
+
+  Args:
+    tables: pytree.
+    steps: a number, or several (n,), from -1 on; before the first step it is the first row.
+
+  Returns:
+    a pytree of rows, with the leading axis of `steps`.
+  """
+  return jax.tree.map(lambda x: x[np.clip(steps, 0, len(x) - 1)], tables)
+
+
+class StepSizes(NamedTuple):
+  """Step sizes of the inner loop, fixed or learned."""
+
+  init: Callable  # (rng, weights that the inner loop moves, steps) -> what is learned, a pytree like them
+  of_steps: Callable  # (what is learned, steps) -> `steps` and `rate` for `sgd`
+  metrics: Callable  # (what is learned,) -> {name: vector over steps}, to be logged
+
+
+def step_sizes(learned, inner_lr, inner_lr_range=(), positive=False):
+  """Makes step sizes.
+
+  Args:
+    learned: what has a learned step size of its own. 'no': nothing, all are `inner_lr`. 'tensor': each weight tensor.
+      'tensor_step': each in each step (LSLR of MAML++, Antoniou et al. 2019, section 4). 'element': each weight
+      (Meta-SGD, Li et al. 2017, equation 1). They may become negative.
+    inner_lr: the initial one.
+    inner_lr_range: (low, high), to draw the initial ones uniformly instead.
+    positive: learn their logarithms.
+
+  Raises:
+    UserError: numbers out of range, or that do not go together.
+  """
+  shapes = {'tensor': lambda p, _: (), 'tensor_step': lambda p, steps: (steps,), 'element': lambda p, _: p.shape}
+  if learned not in ('no', *shapes):
+    raise UserError(f'learned_lr is one of no, {", ".join(shapes)}, not {learned!r}')
+  if learned == 'no' and (inner_lr_range or positive):
+    raise UserError('inner_lr_range and positive_lr are for learned step sizes: choose a learned_lr')
+  low, high = inner_lr_range if len(inner_lr_range) == 2 else (inner_lr, inner_lr)
+  if len(inner_lr_range) not in (0, 2) or low > high or (positive and low <= 0):
+    raise UserError(
+      f'inner_lr = {inner_lr}, inner_lr_range = {inner_lr_range}: the latter is (low, high), and both are above 0 '
+      'with positive_lr'
+    )
+
+  def init(rng, weights, steps):
+    leaves, treedef = jax.tree.flatten(weights)
+    rngs = jax.random.split(rng, len(leaves))
+    rates = [
+      jax.random.uniform(rng, shapes[learned](x, steps), minval=low, maxval=high)
+      if inner_lr_range
+      else jnp.full(shapes[learned](x, steps), inner_lr, jnp.float32)
+      for rng, x in zip(rngs, leaves, strict=True)
+    ]
+    return treedef.unflatten([jnp.log(rate) if positive else rate for rate in rates])
+
+  def of_steps(rates, steps):
+    if learned == 'no':
+      return np.full((steps,), inner_lr, np.float32), lambda step: step
+    if positive:
+      rates = jax.tree.map(jnp.exp, rates)
+    if learned == 'tensor_step':
+      return rows(rates, np.arange(steps)), lambda step: step
+    return np.arange(steps), lambda step: rates
+
+  def metrics(rates):
+    result = {}
+    for path, x in jax.tree.leaves_with_path(rates):
+      name, x = jax.tree_util.keystr(path, simple=True, separator='/'), jnp.exp(x) if positive else x
+      if learned == 'element':
+        result[f'inner_lr_std/{name}'] = jnp.std(x)
+        x = jnp.mean(x)
+      result[f'inner_lr/{name}'] = x.reshape(-1)
+    return result
+
+  return StepSizes(init, of_steps, metrics)

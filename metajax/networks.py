@@ -16,6 +16,11 @@ def check_batch_norm(mode):
     raise UserError(f'batch_norm is one of {", ".join(BATCH_NORM_MODES)}, not {mode!r}')
 
 
+def is_norm(path):
+  """Whether a parameter, by its path in the pytree, belongs to a normalisation layer: one with 'norm' in its name."""
+  return any('norm' in jax.tree_util.keystr((key,), simple=True).lower() for key in path)
+
+
 def by_batch(model, params, model_state, inputs, rng=None):
   """Normalises by the batch's own statistics, with dropout if there is a key; returns outputs and a state with them."""
   return model.apply({'params': params, **model_state}, inputs, mutable=list(model_state), rngs=_rngs(rng))

@@ -1,5 +1,10 @@
-"""Model-agnostic meta-learning (Finn, Abbeel & Levine 2017) and what differs from it by an option."""
+"""Model-agnostic meta-learning (Finn, Abbeel & Levine 2017) and what differs from it by an option.
 
+Learned step sizes are those of Meta-SGD (Li et al. 2017) and MAML++ (Antoniou, Edwards & Storkey 2019), whose other
+parts are options too; `meta_sgd.py` and `mamlpp.py` switch them on.
+"""
+
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +13,7 @@ import numpy as np
 
 from metajax import inner_loop, losses, networks
 from metajax.errors import UserError
-from metajax.types import Algorithm
+from metajax.types import Algorithm, Phase
 
 
 class Adapted(NamedTuple):
@@ -24,21 +29,44 @@ def make(
   objective=losses.CLASSIFICATION,
   inner_steps=5,
   inner_lr=0.01,
+  learned_lr='no',
+  inner_lr_range=(),
+  positive_lr=False,
   first_order=False,
+  first_order_epochs=0,
+  multi_step_epochs=0,
+  epoch=500,
   inner_params=(),
+  adapt_norm=True,
+  per_step_norm=False,
+  per_step_statistics=False,
   batch_norm='transductive',
   batch_norm_momentum=0.9,
   checkpoint=False,
 ):
   """MAML with exact second-order gradients through the inner loop.
 
+  Where evaluation takes more inner steps than training, those beyond use the last one's step sizes and rows.
+
   Args:
     model: a Flax module, inputs (n, ...) -> outputs (n, way).
     objective: what the task minimises.
     inner_steps: gradient steps on the support set; may differ between training and evaluation.
-    inner_lr: step size of the inner loop (alpha).
+    inner_lr: step size of the inner loop (alpha); the initial one where it is learned.
+    learned_lr: what has a step size that the outer loop learns, see `inner_loop.step_sizes`.
+    inner_lr_range: (low, high) to draw the initial step sizes from, uniformly, in place of `inner_lr`.
+    positive_lr: learn the logarithms of step sizes, so that none becomes zero or negative.
     first_order: leave out second derivatives (FOMAML, section 5.2).
+    first_order_epochs: leave them out in so many epochs at the beginning (MAML++, derivative-order annealing).
+    multi_step_epochs: in so many epochs at the beginning, queries count after every inner step, weighted by
+      `importance` (MAML++, multi-step loss).
+    epoch: meta-updates of one.
     inner_params: names of the model's top-level parameters that the inner loop moves; all if empty.
+    adapt_norm: whether it moves those of normalisation layers too, see `networks.is_norm`.
+    per_step_norm: those that it does not move have a value for each inner step (MAML++); queries after a step see the
+      one that its support set saw.
+    per_step_statistics: so have running averages: those of a step are of the queries after it, or of the support set
+      in it where the loss does not ask for these queries.
     batch_norm: statistics that normalise queries; the support set always uses its own. 'transductive': those of the
       query batch, so queries see one another (the practice of the paper's code). 'support': those of the support set
       under the fast weights. 'running': the query batch's in training, their running average in evaluation. The last
@@ -47,67 +75,181 @@ def make(
     batch_norm_momentum: how much of the running average stays at each meta-update.
     checkpoint: trade time for memory in the backward pass, see `inner_loop.sgd`.
 
+  Returns:
+    Algorithm, whose params are the model's, or with learned step sizes {'network': the model's, 'inner_lr': step
+    sizes}. What has a value for each step has a leading axis of inner_steps.
+
   Raises:
-    UserError: an unknown batch-norm mode; names in `inner_params` that the model does not have (by `init`).
+    UserError: settings that are out of range or do not go together; by `init`, such as do not suit the model.
   """
   networks.check_batch_norm(batch_norm)
   if inner_steps < 0:
     raise UserError(f'inner_steps = {inner_steps}: it cannot be negative')
-  rates = np.full((inner_steps,), inner_lr, np.float32)
+  if min(first_order_epochs, multi_step_epochs, epoch - 1) < 0:
+    numbers = f'first_order_epochs = {first_order_epochs}, multi_step_epochs = {multi_step_epochs}, epoch = {epoch}'
+    raise UserError(f'{numbers}: none can be negative, and an epoch has one meta-update at least')
+  if first_order and first_order_epochs:
+    raise UserError(f'first_order_epochs = {first_order_epochs}, but first_order is for good: choose one')
+  if per_step_statistics and batch_norm != 'running':
+    raise UserError(f"per_step_statistics are for batch_norm 'running': {batch_norm!r} does not read them")
+  step_sizes = inner_loop.step_sizes(learned_lr, inner_lr, inner_lr_range, positive_lr)
 
   def init(rng, inputs):
-    model_state = dict(model.init(rng, inputs))
+    if inner_steps < 1 and (multi_step_epochs or per_step_norm or per_step_statistics or learned_lr == 'tensor_step'):
+      raise UserError('inner_steps = 0, but a setting asks for something in each step')
+    rng_model, rng_rates = jax.random.split(rng) if inner_lr_range else (rng, rng)
+    model_state = dict(model.init(rng_model, inputs))
     params = model_state.pop('params')
     if unknown := set(inner_params) - set(params):
       raise UserError(f'inner_params {sorted(unknown)} are not in the model, which has {sorted(params)}')
+    fast, rows, rest = divide(params)
+    if per_step_norm:
+      if not jax.tree.leaves(rows):
+        raise UserError('per_step_norm: there are no normalisation layers whose parameters the inner loop leaves alone')
+      params = _merged(fast, _repeated(rows, inner_steps), rest)
+    if per_step_statistics:
+      if 'batch_stats' not in model_state:
+        raise UserError('per_step_statistics: the model keeps none')
+      model_state['batch_stats'] = _repeated(model_state['batch_stats'], inner_steps)
+    if learned_lr != 'no':
+      params = {'network': params, 'inner_lr': step_sizes.init(rng_rates, fast, inner_steps)}
     return params, model_state
 
-  def split(params):
-    """The weights that the inner loop moves, and how to put them back among the others."""
-    fast = {name: params[name] for name in inner_params or params}
-    return fast, lambda fast: {**params, **fast}
+  def divide(params):
+    """The weights that the inner loop moves, those with a row for each step, the rest: each None among the others."""
 
-  def support_loss(merge, model_state, support, rng=None):
-    def loss_fn(fast):
-      outputs, _ = networks.by_batch(model, merge(fast), model_state, support.inputs, rng)
-      return jnp.mean(objective.losses(outputs, support.targets))
+    def kind(path, _):
+      norm = networks.is_norm(path)
+      if (not inner_params or path[0].key in inner_params) and (adapt_norm or not norm):
+        return 'fast'
+      return 'row' if norm and per_step_norm else 'rest'
 
-    return loss_fn
+    kinds = jax.tree.map_with_path(kind, params)
+    return [
+      jax.tree.map(lambda p, k, one=one: p if k == one else None, params, kinds) for one in ('fast', 'row', 'rest')
+    ]
 
-  def query_state(params, model_state, support, rng=None):
-    if batch_norm == 'support':
-      _, model_state = networks.by_batch(model, params, model_state, support.inputs, rng)
-    return model_state
+  def unfold(params, model_state):
+    """Fast weights; tables of what has a row for each step; what makes an Adapted of the first and a row."""
+    fast, rows, rest = divide(params['network'] if learned_lr != 'no' else params)
+    statistics = {'batch_stats': model_state['batch_stats']} if per_step_statistics else {}
 
-  query_pass = networks.by_batch if batch_norm == 'transductive' else networks.by_state
+    def whole(fast, row):
+      return Adapted(_merged(fast, row[0], rest), {**model_state, **row[1]})
 
-  def descend(params, model_state, support, rng):
-    fast, merge = split(params)
-    loss_fn = support_loss(merge, model_state, support, rng)  # one dropout mask: all steps descend the same loss
-    fast, _ = inner_loop.sgd(loss_fn, fast, rates, first_order=first_order, checkpoint=checkpoint)
-    return Adapted(merge(fast), query_state(merge(fast), model_state, support, rng))
+    return fast, (rows, statistics), whole
+
+  def descend(params, model_state, support, rng, **options):
+    """The inner loop: what `inner_loop.sgd` returns, after the table rows of its steps."""
+    fast, tables, whole = unfold(params, model_state)
+    rows = inner_loop.rows(tables, np.arange(inner_steps))
+    rates, rate = step_sizes.of_steps(params['inner_lr'] if learned_lr != 'no' else None, inner_steps)
+
+    def support_loss(fast, step):
+      _, row = step
+      outputs, state = networks.by_batch(
+        model, *whole(fast, row), support.inputs, rng
+      )  # one dropout mask for all steps
+      kept = {'batch_stats': state['batch_stats']} if per_step_statistics else {}
+      return jnp.mean(objective.losses(outputs, support.targets)), kept
+
+    return inner_loop.sgd(support_loss, fast, (rates, rows), rate=lambda step: rate(step[0]), **options)
+
+  def finished(adapted, support, rng=None):
+    """With the statistics that its queries are to be normalised by."""
+    if batch_norm != 'support':
+      return adapted
+    return adapted._replace(model_state=networks.by_batch(model, *adapted, support.inputs, rng)[1])
 
   def adapt(params, model_state, support, rng):
     del rng  # of dropout, which is for training
-    return descend(params, model_state, support, None)
+    _, tables, whole = unfold(params, model_state)
+    fast, _ = descend(params, model_state, support, None, first_order=first_order, checkpoint=checkpoint)
+    return finished(whole(fast, inner_loop.rows(tables, inner_steps - 1)), support)
 
   def trajectory(params, model_state, support, rng):
     del rng
-    fast, merge = split(params)
-    path = inner_loop.sgd_trajectory(support_loss(merge, model_state, support), fast, rates)
-    return jax.vmap(lambda fast: Adapted(merge(fast), query_state(merge(fast), model_state, support)))(path)
+    fast, tables, whole = unfold(params, model_state)
+    _, _, path = descend(params, model_state, support, None, first_order=True, path=True)
+    rows = inner_loop.rows(tables, np.arange(-1, inner_steps))
+    return jax.vmap(lambda fast, row: finished(whole(fast, row), support))(inner_loop.prepend(fast, path), rows)
 
   def predict(params, model_state, adapted, inputs):
     del params, model_state
-    return query_pass(model, *adapted, inputs)[0]
+    normalise = networks.by_batch if batch_norm == 'transductive' else networks.by_state
+    return normalise(model, *adapted, inputs)[0]
 
-  def loss(params, model_state, episode, rng):
+  def loss(params, model_state, episode, rng, step=None, *, first_order=first_order, multi_step=False):
+    """The loss of a task, with `multi_step` after `step` meta-updates."""
     rng_support, rng_query = networks.split(rng)
-    adapted = descend(params, model_state, episode.support, rng_support)
-    normalise = networks.by_state if batch_norm == 'support' else networks.by_batch
-    outputs, state = normalise(model, *adapted, episode.query.inputs, rng_query)
-    model_state = networks.updated(model_state, state, batch_norm_momentum if batch_norm == 'running' else 1.0)
-    metrics = objective.metrics(outputs, episode.query.targets)
-    return objective.losses(outputs, episode.query.targets), (model_state, metrics)
+    _, tables, whole = unfold(params, model_state)
+    targets = episode.query.targets
 
-  return Algorithm(init, adapt, predict, loss, trajectory)
+    def query(fast, row):
+      normalise = networks.by_state if batch_norm == 'support' else networks.by_batch
+      return normalise(
+        model, *finished(whole(fast, row), episode.support, rng_support), episode.query.inputs, rng_query
+      )
+
+    fast, statistics, *path = descend(
+      params, model_state, episode.support, rng_support, first_order=first_order, checkpoint=checkpoint, path=multi_step
+    )
+    if multi_step:
+      rows = inner_loop.rows(tables, np.arange(inner_steps))
+      outputs, states = jax.lax.map(lambda x: query(*x), (*path, rows))
+      weights = importance(step // epoch, inner_steps, multi_step_epochs)
+      values = weights @ jax.vmap(objective.losses, (0, None))(outputs, targets)
+      outputs, state, statistics = outputs[-1], jax.tree.map(lambda x: x[-1], states), states
+    else:
+      outputs, state = query(fast, inner_loop.rows(tables, inner_steps - 1))
+      weights, values = jax.nn.one_hot(inner_steps - 1, inner_steps), objective.losses(outputs, targets)
+      statistics = jax.tree.map(lambda rows, last: rows.at[-1].set(last), statistics, {k: state[k] for k in statistics})
+
+    if per_step_statistics:
+      state = {**state, 'batch_stats': statistics['batch_stats']}
+    model_state = networks.updated(model_state, state, batch_norm_momentum if batch_norm == 'running' else 1.0)
+    metrics = objective.metrics(outputs, targets)
+    if multi_step_epochs:
+      metrics['loss_importance'] = weights
+    if learned_lr != 'no':
+      metrics |= step_sizes.metrics(params['inner_lr'])
+    return values, (model_state, metrics)
+
+  first_order_end, multi_step_end = first_order_epochs * epoch, multi_step_epochs * epoch
+  phases = tuple(
+    Phase(
+      start,
+      functools.partial(loss, first_order=first_order or start < first_order_end, multi_step=start < multi_step_end),
+    )
+    for start in sorted({0, first_order_end, multi_step_end})
+  )
+  return Algorithm(init, adapt, predict, loss, trajectory, phases=phases if len(phases) > 1 else ())
+
+
+def importance(epoch, steps, epochs):
+  """How much the queries after each inner step count in an epoch (Antoniou et al. 2019, section 4; their code).
+
+  From all the same to almost the last alone; after `epochs`, at which the last one would have 1 - 0.03 (steps - 1) /
+  steps, the loss is of it alone.
+
+  Args:
+    epoch: scalar, counted from 0.
+    steps: of the inner loop.
+    epochs: in which the loss is of several steps.
+
+  Returns:
+    (steps,) float32, which sum to 1.
+  """
+  least = 0.03 / steps
+  rest = jnp.maximum(1 / steps - epoch / (steps * epochs), least)
+  last = jnp.minimum(1 / steps + epoch * (steps - 1) / (steps * epochs), 1 - (steps - 1) * least)
+  return jnp.full(steps, rest, jnp.float32).at[-1].set(last)
+
+
+def _merged(*trees):
+  """One pytree of several of which each leaf has a value in one, and is None in the others."""
+  return jax.tree.map(lambda *x: next((y for y in x if y is not None), None), *trees, is_leaf=lambda x: x is None)
+
+
+def _repeated(tree, times):
+  return jax.tree.map(lambda x: jnp.repeat(x[None], times, axis=0), tree)
