@@ -38,7 +38,7 @@ class BatchNorm(nn.Module):
 
 
 class ConvBlock(nn.Module):
-  """3x3 convolution, batch normalisation, ReLU and downsampling, in that order.
+  """3x3 convolution, batch normalisation, ReLU or LeakyReLU, and downsampling, in that order.
 
   Pooling commutes with increasing functions, so it comes before normalisation and ReLU, which then run on a quarter of
   the pixels: exact, with the minimum in place of the maximum where the scale is negative. Parameters and statistics are
@@ -46,11 +46,13 @@ class ConvBlock(nn.Module):
 
   Attributes:
     downsample: 'pool' (2x2 maximum), 'stride' (of the convolution, 2) or 'no'.
+    negative_slope: of LeakyReLU, at least 0; 0 for ReLU.
     epsilon: added to the variance.
     dtype: of products and activations; None for that of the arguments.
   """
 
   downsample: str = 'pool'
+  negative_slope: float = 0.0
   epsilon: float = 1e-5
   dtype: Any = None
 
@@ -67,7 +69,7 @@ class ConvBlock(nn.Module):
       statistics = _chosen_statistics(self, features, lambda: _product_statistics(x, kernel.astype(dtype)))
       factor, summand = _factor_and_summand(statistics, scale, bias, self.epsilon)
       kernel = convolution.pooling_kernel((kernel * factor).astype(dtype))
-      return convolution.pooled_relu(x, kernel, summand).astype(dtype)
+      return convolution.pooled_relu(x, kernel, summand, self.negative_slope).astype(dtype)
 
     kernel = kernel.astype(dtype)
     x = convolution.strided_conv3x3(x, kernel) if self.downsample == 'stride' else convolution.conv3x3(x, kernel)
@@ -75,7 +77,7 @@ class ConvBlock(nn.Module):
     if self.downsample == 'pool':
       x = convolution.top2x2(x, jnp.where(scale >= 0, 1, -1).astype(dtype))
     factor, summand = _factor_and_summand(statistics, scale, bias, self.epsilon)
-    return nn.relu(x * factor + summand).astype(dtype)
+    return convolution.relu(x * factor + summand, self.negative_slope).astype(dtype)
 
 
 class DropBlock(nn.Module):
