@@ -252,18 +252,33 @@ def test_bfloat16_is_near_float32_and_leaves_parameters_and_statistics_float32(c
   assert_same(stats16, stats32, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize(('downsample', 'slope'), [('pool', 0.01), ('stride', 0.0)])
-def test_conv4_is_the_plain_network(downsample, slope):
+def plain_layer_block(downsample, x, kernel, bias, norm, slope):
+  """As `plain_block`, with layer normalisation of each image."""
+  x = lax_conv(x, kernel, 2 if downsample == 'stride' else 1) + bias
+  axes = (1, 2, 3)
+  layer_norm = nn.LayerNorm(1e-5, use_scale=False, reduction_axes=axes, feature_axes=axes, use_fast_variance=False)
+  x = nn.leaky_relu(layer_norm.apply({'params': norm}, x), slope)
+  return nn.max_pool(x, (2, 2), (2, 2)) if downsample == 'pool' else x
+
+
+@pytest.mark.parametrize(
+  ('downsample', 'norm', 'slope'),
+  [('pool', 'batch', 0.01), ('stride', 'batch', 0.0), ('pool', 'layer', 0.01), ('stride', 'layer', 0.0)],
+)
+def test_conv4_is_the_plain_network(downsample, norm, slope):
   pool = downsample == 'pool'
   x = draw(0, 2, 18, 17, 2)
-  model = conv4.make(3, width=4, downsample=downsample, negative_slope=slope)
+  model = conv4.make(3, width=4, downsample=downsample, norm=norm, negative_slope=slope)
   shapes = jax.eval_shape(model.init, jax.random.key(0), x)['params']
   params = jax.tree.map(lambda s: draw(s.size, *s.shape), shapes)
 
   def plain(params, x):
     for i in range(4):
-      norm = params[f'norm{i}']
-      x = plain_block(downsample, x, params[f'conv{i}'], norm['scale'], norm['bias'], slope=slope)
+      kernel, of_norm = params[f'conv{i}'], params[f'norm{i}']
+      if norm == 'batch':
+        x = plain_block(downsample, x, kernel, of_norm['scale'], of_norm['bias'], slope=slope)
+      else:
+        x = plain_layer_block(downsample, x, kernel, params[f'conv{i}_bias'], of_norm, slope)
     x = x.reshape(len(x), -1) if pool else x.mean((1, 2))
     return x @ params['head']['kernel'] + params['head']['bias']
 
@@ -291,10 +306,34 @@ def test_conv4_sizes(image, width, downsample, features, parameters):
   assert sum(p.size for p in jax.tree.leaves(variables['params'])) == parameters
 
 
+@pytest.mark.parametrize('norm', ['batch', 'layer'])
+@pytest.mark.parametrize(
+  ('image', 'way', 'width', 'parameters'),
+  [((28, 28, 1), 20, 64, 112_724), ((28, 28, 1), 5, 64, 111_749), ((84, 84, 3), 5, 48, 69_701)],
+)
+def test_conv4_s_convolutions_and_head_are_of_the_size_of_those_of_mamlpp(image, way, width, parameters, norm):
+  """Weights and biases as PyTorch counts them in the original, whose convolutions have a bias before either norm."""
+  x = jax.ShapeDtypeStruct((2, *image), jnp.float32)
+  params = jax.eval_shape(conv4.make(way, width=width, norm=norm).init, jax.random.key(0), x)['params']
+  ours = {name: leaf for name, leaf in params.items() if not name.startswith('norm')}
+  without_bias = 4 * width if norm == 'batch' else 0
+  assert sum(p.size for p in jax.tree.leaves(ours)) == parameters - without_bias
+
+
+def test_layer_norm_has_a_bias_of_each_pixel_and_no_statistics():
+  variables = jax.eval_shape(
+    conv4.make(5, width=4, norm='layer').init, jax.random.key(0), jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)
+  )
+  assert set(variables) == {'params'}
+  shapes = [jax.tree.map(jnp.shape, variables['params'][f'norm{i}']) for i in range(4)]
+  assert shapes == [{'bias': (size, size, 4)} for size in (28, 14, 7, 3)]
+
+
 @pytest.mark.parametrize(
   ('settings', 'text'),
   [
     (dict(downsample='poool'), "'pool' or 'stride', not 'poool'"),
+    (dict(norm='instance'), "'batch' or 'layer', not 'instance'"),
     (dict(negative_slope=-0.1), 'negative_slope = -0.1: from 0'),
     (dict(negative_slope=1.0), 'negative_slope = 1.0: from 0'),
   ],
