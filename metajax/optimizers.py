@@ -1,5 +1,6 @@
 """The outer optimiser, from Optax."""
 
+import jax
 import optax
 
 from metajax.errors import UserError
@@ -15,10 +16,13 @@ def make(
   schedule='constant',
   boundaries=(),
   rates=(),
+  final_rate=0.0,
+  hold=1,
   momentum=0.0,
   nesterov=False,
   weight_decay=0.0,
   clip=0.0,
+  clamp=0.0,
 ):
   """Builds the transformation of meta-gradients.
 
@@ -26,21 +30,31 @@ def make(
     total_steps: meta-updates over which a schedule runs.
     name: adam, adamw or sgd.
     learning_rate: the first meta-update's step size.
-    schedule: 'constant', 'cosine' (to zero at `total_steps`), 'linear' (likewise), or 'steps': after so many
+    schedule: 'constant', 'cosine' (to `final_rate` at `total_steps`), 'linear' (likewise), or 'steps': after so many
       meta-updates as `boundaries` say, the step sizes that `rates` say.
+    final_rate: the step size that 'cosine' and 'linear' approach.
+    hold: meta-updates over which they keep a step size; MAML++ (Antoniou et al. 2019) has the cosine of an epoch's
+      first meta-update for all of it.
     momentum, nesterov: of sgd.
     weight_decay: of every parameter. Of adam and sgd it is part of the gradient, as in PyTorch; of adamw it is not.
     clip: largest global norm of the meta-gradient; 0 for none.
+    clamp: largest size of an entry of the meta-gradient, before `clip`; 0 for none. As in MAML++, entries of learned
+      step sizes, the parameters under the top-level key 'inner_lr', are left alone.
 
   Raises:
     UserError: an unknown name or schedule, or settings that do not go together.
   """
   if name not in _OPTIMIZERS:
     raise UserError(f'name is one of {", ".join(_OPTIMIZERS)}, not {name!r}')
+  if not 0 <= final_rate <= learning_rate:
+    raise UserError(f'final_rate = {final_rate}: from 0 to learning_rate = {learning_rate} is needed')
+  if type(hold) is not int or hold < 1:
+    raise UserError(f'hold = {hold}: a whole number from 1 on is needed')
+  share = final_rate and final_rate / learning_rate
   schedules = {
     'constant': lambda: learning_rate,
-    'cosine': lambda: optax.cosine_decay_schedule(learning_rate, total_steps),
-    'linear': lambda: optax.linear_schedule(learning_rate, 0.0, total_steps),
+    'cosine': lambda: _held(optax.cosine_decay_schedule(learning_rate, total_steps, share), hold),
+    'linear': lambda: _held(optax.linear_schedule(learning_rate, final_rate, total_steps), hold),
     'steps': lambda: optax.join_schedules([optax.constant_schedule(r) for r in (learning_rate, *rates)], boundaries),
   }
   if schedule not in schedules:
@@ -56,14 +70,29 @@ def make(
     raise UserError(f'momentum and nesterov are of sgd, not of {name}')
   if nesterov and not momentum:
     raise UserError('nesterov is a kind of momentum: give momentum as well')
-  if min(clip, weight_decay) < 0 or not 0 <= momentum < 1:
-    raise UserError(f'clip = {clip}, weight_decay = {weight_decay}, momentum = {momentum}: out of range')
+  if (final_rate or hold != 1) and schedule not in ('cosine', 'linear'):
+    raise UserError(f"final_rate and hold are of schedule = 'cosine' or 'linear', not of {schedule!r}")
+  if min(clip, clamp, weight_decay) < 0 or not 0 <= momentum < 1:
+    found = f'clip = {clip}, clamp = {clamp}, weight_decay = {weight_decay}, momentum = {momentum}'
+    raise UserError(f'{found}: out of range')
   own = {
     'adam': {},
     'adamw': {'weight_decay': weight_decay},
     'sgd': {'momentum': momentum or None, 'nesterov': nesterov},
   }
-  transforms = [optax.clip_by_global_norm(clip)] if clip else []
+  transforms = [optax.masked(optax.clip(clamp), _without_step_sizes)] if clamp else []
+  if clip:
+    transforms.append(optax.clip_by_global_norm(clip))
   if weight_decay and name != 'adamw':
     transforms.append(optax.add_decayed_weights(weight_decay))
   return optax.chain(*transforms, _OPTIMIZERS[name](schedules[schedule](), **own[name]))
+
+
+def _held(schedule, hold):
+  """A schedule whose step size changes every `hold` meta-updates only."""
+  return lambda count: schedule(count // hold * hold)
+
+
+def _without_step_sizes(params):
+  """False at learned inner step sizes, True at all other parameters."""
+  return jax.tree.map_with_path(lambda path, _: path[:1] != (jax.tree_util.DictKey('inner_lr'),), params)

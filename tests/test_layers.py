@@ -6,7 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metajax.errors import UserError
 from metajax.models import conv4, convolution, layers
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +65,11 @@ def test_conv3x3_is_the_padded_convolution_with_all_its_derivatives(channels, bl
   assert_same(ours, derivatives(lax_conv, x, kernel))
 
 
-def test_convolution_and_pooling_in_one_are_the_same_in_blocks(blocks):
+@pytest.mark.parametrize('slope', [0.0, 0.2])
+def test_convolution_and_pooling_in_one_are_the_same_in_blocks(monkeypatch, slope):
+  monkeypatch.setattr(convolution, '_BLOCK', 60)
   x, kernel = draw(0, 3, 6, 4, 3) + 1, draw(1, 3, 3, 3, 4)
-  assert_same(*both_blocks('pool', x, kernel, SCALE), atol=1e-7, rtol=1e-7)
+  assert_same(*both_blocks('pool', x, kernel, SCALE, slope=slope), atol=1e-7, rtol=1e-7)
 
 
 def test_strided_conv3x3_is_the_strided_convolution_with_all_its_derivatives():
@@ -138,38 +143,45 @@ SCALE = np.array([1.3, -0.7, 0.2, -2.0])
 BIAS = np.array([0.3, 0.5, -0.2, 0.4])
 
 
-def block(downsample, x, kernel, scale, bias, stats=None):
+def block(downsample, x, kernel, scale, bias, stats=None, slope=0.0):
   variables = {'params': {'scale': scale, 'bias': bias}}
   if stats:
     variables['batch_stats'] = {'mean': stats[0], 'var': stats[1]}
-  return layers.ConvBlock(downsample).apply(variables, x, kernel)
+  return layers.ConvBlock(downsample, slope).apply(variables, x, kernel)
 
 
-def plain_block(downsample, x, kernel, scale, bias, stats=None):
-  """Convolution, normalisation, ReLU and pooling one after the other, of Flax and XLA."""
+def plain_block(downsample, x, kernel, scale, bias, stats=None, slope=0.0):
+  """Convolution, normalisation, LeakyReLU and pooling one after the other, of Flax and XLA."""
   x = lax_conv(x, kernel, 2 if downsample == 'stride' else 1)
   mean, variance = stats or (jnp.zeros(4), jnp.ones(4))
   variables = {'params': {'scale': scale, 'bias': bias}, 'batch_stats': {'mean': mean, 'var': variance}}
   norm = nn.BatchNorm(use_running_average=stats is not None, epsilon=1e-5, use_fast_variance=False)
-  x = nn.relu(norm.apply(variables, x, mutable=['batch_stats'])[0])
+  x = nn.leaky_relu(norm.apply(variables, x, mutable=['batch_stats'])[0], slope)
   return nn.max_pool(x, (2, 2), (2, 2)) if downsample == 'pool' else x
 
 
-def both_blocks(downsample, x, kernel, scale, stats=None):
+def both_blocks(downsample, x, kernel, scale, stats=None, slope=0.0):
   args = x, kernel, scale, BIAS
-  mine = derivatives(lambda *args: block(downsample, *args, stats), *args)
-  theirs = derivatives(lambda *args: plain_block(downsample, *args, stats), *args)
+  mine = derivatives(lambda *args: block(downsample, *args, stats, slope), *args)
+  theirs = derivatives(lambda *args: plain_block(downsample, *args, stats, slope), *args)
   return mine, theirs
 
 
 # Pooling behind three input channels and even sizes has a way of its own.
 @pytest.mark.parametrize(
-  ('downsample', 'shape'),
-  [('pool', (6, 4, 3)), ('pool', (5, 6, 3)), ('pool', (6, 4, 5)), ('stride', (6, 4, 5)), ('no', (6, 4, 5))],
+  ('downsample', 'shape', 'slope'),
+  [
+    ('pool', (6, 4, 3), 0.0),
+    ('pool', (6, 4, 3), 0.2),
+    ('pool', (5, 6, 3), 0.0),
+    ('pool', (6, 4, 5), 0.2),
+    ('stride', (6, 4, 5), 0.0),
+    ('no', (6, 4, 5), 0.2),
+  ],
 )
-def test_a_block_is_that_of_flax_with_all_its_derivatives(downsample, shape):
+def test_a_block_is_that_of_flax_with_all_its_derivatives(downsample, shape, slope):
   x, kernel = draw(0, 3, *shape) + 1, draw(1, 3, 3, shape[-1], 4)
-  assert_same(*both_blocks(downsample, x, kernel, SCALE), atol=1e-7, rtol=1e-7)
+  assert_same(*both_blocks(downsample, x, kernel, SCALE, slope=slope), atol=1e-7, rtol=1e-7)
 
 
 # At a scale of zero the maximum has no unique position. In one pass with the convolution it is the first, as in Flax;
@@ -240,17 +252,33 @@ def test_bfloat16_is_near_float32_and_leaves_parameters_and_statistics_float32(c
   assert_same(stats16, stats32, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize('downsample', ['pool', 'stride'])
-def test_conv4_is_the_plain_network(downsample):
+def plain_layer_block(downsample, x, kernel, bias, norm, slope):
+  """As `plain_block`, with layer normalisation of each image."""
+  x = lax_conv(x, kernel, 2 if downsample == 'stride' else 1) + bias
+  axes = (1, 2, 3)
+  layer_norm = nn.LayerNorm(1e-5, use_scale=False, reduction_axes=axes, feature_axes=axes, use_fast_variance=False)
+  x = nn.leaky_relu(layer_norm.apply({'params': norm}, x), slope)
+  return nn.max_pool(x, (2, 2), (2, 2)) if downsample == 'pool' else x
+
+
+@pytest.mark.parametrize(
+  ('downsample', 'norm', 'slope'),
+  [('pool', 'batch', 0.01), ('stride', 'batch', 0.0), ('pool', 'layer', 0.01), ('stride', 'layer', 0.0)],
+)
+def test_conv4_is_the_plain_network(downsample, norm, slope):
   pool = downsample == 'pool'
   x = draw(0, 2, 18, 17, 2)
-  model = conv4.make(3, width=4, downsample=downsample)
+  model = conv4.make(3, width=4, downsample=downsample, norm=norm, negative_slope=slope)
   shapes = jax.eval_shape(model.init, jax.random.key(0), x)['params']
   params = jax.tree.map(lambda s: draw(s.size, *s.shape), shapes)
 
   def plain(params, x):
     for i in range(4):
-      x = plain_block(downsample, x, params[f'conv{i}'], params[f'norm{i}']['scale'], params[f'norm{i}']['bias'])
+      kernel, of_norm = params[f'conv{i}'], params[f'norm{i}']
+      if norm == 'batch':
+        x = plain_block(downsample, x, kernel, of_norm['scale'], of_norm['bias'], slope=slope)
+      else:
+        x = plain_layer_block(downsample, x, kernel, params[f'conv{i}_bias'], of_norm, slope)
     x = x.reshape(len(x), -1) if pool else x.mean((1, 2))
     return x @ params['head']['kernel'] + params['head']['bias']
 
@@ -278,6 +306,38 @@ def test_conv4_sizes(image, width, downsample, features, parameters):
   assert sum(p.size for p in jax.tree.leaves(variables['params'])) == parameters
 
 
-def test_conv4_refuses_another_downsampling():
-  with pytest.raises(ValueError, match="'pool' or 'stride', not 'poool'"):
-    conv4.make(5, downsample='poool')
+@pytest.mark.parametrize('norm', ['batch', 'layer'])
+@pytest.mark.parametrize(
+  ('image', 'way', 'width', 'parameters'),
+  [((28, 28, 1), 20, 64, 112_724), ((28, 28, 1), 5, 64, 111_749), ((84, 84, 3), 5, 48, 69_701)],
+)
+def test_conv4_s_convolutions_and_head_are_of_the_size_of_those_of_mamlpp(image, way, width, parameters, norm):
+  """Weights and biases as PyTorch counts them in the original, whose convolutions have a bias before either norm."""
+  x = jax.ShapeDtypeStruct((2, *image), jnp.float32)
+  params = jax.eval_shape(conv4.make(way, width=width, norm=norm).init, jax.random.key(0), x)['params']
+  ours = {name: leaf for name, leaf in params.items() if not name.startswith('norm')}
+  without_bias = 4 * width if norm == 'batch' else 0
+  assert sum(p.size for p in jax.tree.leaves(ours)) == parameters - without_bias
+
+
+def test_layer_norm_has_a_bias_of_each_pixel_and_no_statistics():
+  variables = jax.eval_shape(
+    conv4.make(5, width=4, norm='layer').init, jax.random.key(0), jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)
+  )
+  assert set(variables) == {'params'}
+  shapes = [jax.tree.map(jnp.shape, variables['params'][f'norm{i}']) for i in range(4)]
+  assert shapes == [{'bias': (size, size, 4)} for size in (28, 14, 7, 3)]
+
+
+@pytest.mark.parametrize(
+  ('settings', 'text'),
+  [
+    (dict(downsample='poool'), "'pool' or 'stride', not 'poool'"),
+    (dict(norm='instance'), "'batch' or 'layer', not 'instance'"),
+    (dict(negative_slope=-0.1), 'negative_slope = -0.1: from 0'),
+    (dict(negative_slope=1.0), 'negative_slope = 1.0: from 0'),
+  ],
+)
+def test_conv4_refuses(settings, text):
+  with pytest.raises(UserError, match=text):
+    conv4.make(5, **settings)

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from metajax import optimizers
@@ -47,6 +48,43 @@ def test_weight_decay_of_adam_is_part_of_the_gradient_and_of_adamw_is_not():
   np.testing.assert_allclose([decayed[0], apart[0]], [1 - 0.1, 1 + 0.1 - 0.1 * 0.5], rtol=1e-5)
 
 
+def step_sizes(updates, total_steps, **settings):
+  """That of the meta-update after each of so many `updates`."""
+  tx = optimizers.make(total_steps, name='sgd', **settings)
+  states = (optax.tree.set(tx.init(jnp.float32(0)), count=jnp.int32(n)) for n in updates)
+  return [-float(tx.update(jnp.float32(1), state, jnp.float32(0))[0]) for state in states]
+
+
+def test_cosine_held_over_epochs_has_the_values_of_mamlpp():
+  """100 epochs of 500 meta-updates: the first one of an epoch, the last one, and what comes after them all."""
+  golden = {0: 1e-3, 1: 9.997557e-4, 2: 9.990230e-4, 50: 5.05e-4, 99: 1.024425e-5, 100: 1e-5}
+  settings = dict(schedule='cosine', learning_rate=1e-3, final_rate=1e-5, hold=500)
+  for within in (0, 499):
+    found = step_sizes([500 * epoch + within for epoch in golden], 50_000, **settings)
+    np.testing.assert_allclose(found, list(golden.values()), rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'linear'])
+def test_schedules_descend_at_every_update_unless_held(schedule):
+  done = np.arange(13)
+  share = np.minimum(done / 10, 1)
+  fall = (1 + np.cos(np.pi * share)) / 2 if schedule == 'cosine' else 1 - share
+  for last in (0.0, 0.1):
+    found = step_sizes(done, 10, schedule=schedule, learning_rate=0.5, final_rate=last)
+    np.testing.assert_allclose(found, last + (0.5 - last) * fall, rtol=1e-6, atol=1e-8)
+
+
+def test_clamp_bounds_each_entry_before_clip_and_leaves_inner_step_sizes_alone():
+  grads = {'network': {'inner_lr': jnp.array([-30.0, 4.0])}, 'inner_lr': {'network': jnp.array([50.0])}}
+  clamped = {'network': {'inner_lr': np.array([-10.0, 4.0])}, 'inner_lr': {'network': np.array([50.0])}}
+  norm = np.sqrt(10**2 + 4**2 + 50**2)
+  for clip, factor in ((0.0, 1.0), (5.0, 5 / norm)):
+    tx = optimizers.make(1, name='sgd', learning_rate=1.0, clamp=10.0, clip=clip)
+    steps, _ = tx.update(grads, tx.init(grads), grads)
+    for group, name in (('network', 'inner_lr'), ('inner_lr', 'network')):
+      np.testing.assert_allclose(steps[group][name], -factor * clamped[group][name], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
   ('settings', 'text'),
   [
@@ -61,6 +99,12 @@ def test_weight_decay_of_adam_is_part_of_the_gradient_and_of_adamw_is_not():
     (dict(momentum=0.9), 'of sgd, not of adam'),
     (dict(name='sgd', momentum=1.0), 'out of range'),
     (dict(weight_decay=-1.0), 'out of range'),
+    (dict(clamp=-1.0), 'clamp = -1.0.* out of range'),
+    (dict(final_rate=1e-5), "not of 'constant'"),
+    (dict(schedule='steps', boundaries=(5,), rates=(0.1,), hold=5), "not of 'steps'"),
+    (dict(schedule='cosine', final_rate=-1e-5), 'final_rate = -1e-05'),
+    (dict(schedule='cosine', learning_rate=0.1, final_rate=0.2), 'from 0 to learning_rate = 0.1'),
+    (dict(schedule='cosine', hold=0), 'hold = 0'),
   ],
 )
 def test_settings_that_are_refused(settings, text):

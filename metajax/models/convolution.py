@@ -9,6 +9,8 @@ What suits a CPU is to work in blocks that its cache holds, and its convolution 
 as long as it sees one task at a time. Elsewhere everything is one batched matrix product.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -172,11 +174,16 @@ def _at(position, a, b, c, d):
   return jnp.where(position < 2, jnp.where(position == 0, a, b), jnp.where(position == 2, c, d))
 
 
+def relu(x, negative_slope=0.0):
+  """ReLU, or LeakyReLU of a slope: negative entries times `negative_slope`."""
+  return nn.leaky_relu(x, negative_slope) if negative_slope else nn.relu(x)
+
+
 # Convolution of a few channels, pooling and ReLU in one. Such a layer, the first of a network, moves memory rather than
 # computes: its output before pooling is by far the largest array. On a CPU that output exists only block by block. The
 # four pixels of a pooling window become four groups of outputs of one 4x4 convolution with stride 2, so that a block is
 # one product of a matrix of patches, and pooling a maximum over the groups. All that a derivative needs besides is the
-# position of each maximum, 0..3, or 4 where ReLU made it zero.
+# position of each maximum, 0..3, and 4 more where it is not positive: ReLU made it zero, LeakyReLU multiplied it.
 
 
 def squares(x):
@@ -210,17 +217,19 @@ def patch_moments(squares):
   return mean + jnp.tile(near, 4), products / (n * pixels) - jnp.outer(mean, mean)
 
 
-def pooled_relu(squares, kernel, bias):
-  """ReLU of the 2x2 maximum of a convolution plus `bias` (features,).
+def pooled_relu(squares, kernel, bias, negative_slope=0.0):
+  """`relu` of the 2x2 maximum of a convolution plus `bias` (features,).
 
   Args:
     squares: `squares(x)` of images x (n, h, w, c).
     kernel: `pooling_kernel(kernel)` of the kernel.
+    bias: (features,).
+    negative_slope: of LeakyReLU; 0 for ReLU.
 
   Returns:
     (n, h / 2, w / 2, features).
   """
-  return _pooled_relu(squares, kernel, bias)[0]
+  return _pooled_relu(negative_slope, squares, kernel, bias)[0]
 
 
 def _pooling_patches(squares):
@@ -242,32 +251,32 @@ def _groups(squares, kernel):
   return [products[..., i, :] for i in range(4)]
 
 
-@jax.custom_vjp
-def _pooled_relu(squares, kernel, bias):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pooled_relu(slope, squares, kernel, bias):
   def of_block(squares):
     groups = _groups(squares, kernel)
     position = _first_maximum(*groups)
-    value = nn.relu(_at(position, *groups) + bias).astype(squares.dtype)
-    return value, jnp.where(value > 0, position, 4).astype(jnp.uint8)
+    value = relu(_at(position, *groups) + bias, slope).astype(squares.dtype)
+    return value, jnp.where(value > 0, position, position + 4).astype(jnp.uint8)
 
   return _map_blocks(of_block, _pooled_pixels(squares) * kernel.shape[1], squares)
 
 
-@jax.custom_vjp
-def _take_product(squares, kernel, bias, position):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _take_product(slope, squares, kernel, bias, position):
   def of_block(squares, position):
-    value = _at(position, *_groups(squares, kernel)) + bias
-    return jnp.where(position < 4, value, 0).astype(squares.dtype)
+    value = _at(position % 4, *_groups(squares, kernel)) + bias
+    return jnp.where(position < 4, value, slope * value if slope else 0).astype(squares.dtype)
 
   return _map_blocks(of_block, _pooled_pixels(squares) * kernel.shape[1], squares, position)
 
 
-@jax.custom_vjp
-def _product_gradient(squares, g, position):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product_gradient(slope, squares, g, position):
   """The transpose of `_take_product` in kernel and bias."""
 
   def of_block(squares, g, position):
-    spread = _spread(g, position)
+    spread = _spread(slope, g, position)
     kernel = _transposed_times(_pooling_patches(squares), spread)
     bias = jnp.sum(spread, axis=0, dtype=jnp.promote_types(spread.dtype, jnp.float32))
     return kernel, bias.reshape(4, -1).sum(axis=0)
@@ -275,37 +284,39 @@ def _product_gradient(squares, g, position):
   return _sum_over_blocks(of_block, 4 * g[0].size, squares, g, position)
 
 
-def _spread(g, position):
+def _spread(slope, g, position):
   """Entries (n, h, w, features) in their group, zeros in the others: (n * h * w, 4 * features)."""
   g, position = (x.reshape(-1, x.shape[-1]) for x in (g, position))
-  return jnp.concatenate([jnp.where(position == i, g, 0) for i in range(4)], axis=-1)
+  negative = [jnp.where(position == i + 4, slope * g, 0) if slope else 0 for i in range(4)]
+  return jnp.concatenate([jnp.where(position == i, g, negative[i]) for i in range(4)], axis=-1)
 
 
-def _squares_gradient(squares, kernel, g, position):
+def _squares_gradient(slope, squares, kernel, g, position):
   """The transpose of `_take_product` in squares."""
-  return jax.vjp(_pooling_patches, squares)[1](_spread(g, position) @ kernel.T)[0]
+  return jax.vjp(_pooling_patches, squares)[1](_spread(slope, g, position) @ kernel.T)[0]
 
 
-def _pooled_relu_forward(squares, kernel, bias):
-  value, position = _pooled_relu(squares, kernel, bias)
+def _pooled_relu_forward(slope, squares, kernel, bias):
+  value, position = _pooled_relu(slope, squares, kernel, bias)
   return (value, position), (squares, kernel, position)
 
 
-def _product_backward(saved, g):
+def _take_product_forward(slope, squares, kernel, bias, position):
+  return _take_product(slope, squares, kernel, bias, position), (squares, kernel, position)
+
+
+def _product_backward(slope, saved, g):
   squares, kernel, position = saved
-  return _squares_gradient(squares, kernel, g, position), *_product_gradient(squares, g, position)
+  return _squares_gradient(slope, squares, kernel, g, position), *_product_gradient(slope, squares, g, position)
 
 
-_pooled_relu.defvjp(_pooled_relu_forward, lambda saved, g: _product_backward(saved, g[0]))
-_take_product.defvjp(
-  lambda squares, kernel, bias, position: (_take_product(squares, kernel, bias, position), (squares, kernel, position)),
-  lambda saved, g: (*_product_backward(saved, g), None),
-)
+_pooled_relu.defvjp(_pooled_relu_forward, lambda slope, saved, g: _product_backward(slope, saved, g[0]))
+_take_product.defvjp(_take_product_forward, lambda slope, saved, g: (*_product_backward(slope, saved, g), None))
 _product_gradient.defvjp(
-  lambda squares, g, position: (_product_gradient(squares, g, position), (squares, g, position)),
-  lambda saved, h: (
-    _squares_gradient(saved[0], h[0], *saved[1:]),
-    _take_product(saved[0], *h, saved[2]),
+  lambda slope, squares, g, position: (_product_gradient(slope, squares, g, position), (squares, g, position)),
+  lambda slope, saved, h: (
+    _squares_gradient(slope, saved[0], h[0], *saved[1:]),
+    _take_product(slope, saved[0], *h, saved[2]),
     None,
   ),
 )

@@ -38,7 +38,7 @@ class BatchNorm(nn.Module):
 
 
 class ConvBlock(nn.Module):
-  """3x3 convolution, batch normalisation, ReLU and downsampling, in that order.
+  """3x3 convolution, batch normalisation, ReLU or LeakyReLU, and downsampling, in that order.
 
   Pooling commutes with increasing functions, so it comes before normalisation and ReLU, which then run on a quarter of
   the pixels: exact, with the minimum in place of the maximum where the scale is negative. Parameters and statistics are
@@ -46,11 +46,13 @@ class ConvBlock(nn.Module):
 
   Attributes:
     downsample: 'pool' (2x2 maximum), 'stride' (of the convolution, 2) or 'no'.
+    negative_slope: of LeakyReLU, at least 0; 0 for ReLU.
     epsilon: added to the variance.
     dtype: of products and activations; None for that of the arguments.
   """
 
   downsample: str = 'pool'
+  negative_slope: float = 0.0
   epsilon: float = 1e-5
   dtype: Any = None
 
@@ -67,15 +69,36 @@ class ConvBlock(nn.Module):
       statistics = _chosen_statistics(self, features, lambda: _product_statistics(x, kernel.astype(dtype)))
       factor, summand = _factor_and_summand(statistics, scale, bias, self.epsilon)
       kernel = convolution.pooling_kernel((kernel * factor).astype(dtype))
-      return convolution.pooled_relu(x, kernel, summand).astype(dtype)
+      return convolution.pooled_relu(x, kernel, summand, self.negative_slope).astype(dtype)
 
-    kernel = kernel.astype(dtype)
-    x = convolution.strided_conv3x3(x, kernel) if self.downsample == 'stride' else convolution.conv3x3(x, kernel)
+    x = _convolved(x, kernel.astype(dtype), self.downsample)
     statistics = _chosen_statistics(self, features, lambda: _statistics(x))
     if self.downsample == 'pool':
       x = convolution.top2x2(x, jnp.where(scale >= 0, 1, -1).astype(dtype))
     factor, summand = _factor_and_summand(statistics, scale, bias, self.epsilon)
-    return nn.relu(x * factor + summand).astype(dtype)
+    return convolution.relu(x * factor + summand, self.negative_slope).astype(dtype)
+
+
+class LayerNormBlock(nn.Module):
+  """`ConvBlock` with layer normalisation (Ba et al. 2016) in place of that of batches: of each image by itself.
+
+  As in MAML++ (Antoniou et al. 2019): over all pixels and channels, without a scale, with a bias of each pixel and
+  channel. The convolution's own bias does not cancel here. Attributes are those of `ConvBlock`.
+  """
+
+  downsample: str = 'pool'
+  negative_slope: float = 0.0
+  epsilon: float = 1e-5
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x, kernel, bias):
+    """Maps (n, h, w, c), a kernel (3, 3, c, features) and its bias (features,) to (n, h', w', features)."""
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    x = _convolved(x, kernel, self.downsample) + bias
+    x = _normalised_images(x, self.epsilon) + self.param('bias', nn.initializers.zeros, x.shape[1:])
+    x = convolution.relu(x, self.negative_slope).astype(kernel.dtype)
+    return convolution.max_pool2x2(x) if self.downsample == 'pool' else x
 
 
 class DropBlock(nn.Module):
@@ -151,6 +174,10 @@ def dropped(x, seeds, block_size):
   return jnp.where(drop, 0, x * (x.size / left).astype(x.dtype))
 
 
+def _convolved(x, kernel, downsample):
+  return convolution.strided_conv3x3(x, kernel) if downsample == 'stride' else convolution.conv3x3(x, kernel)
+
+
 def _affine(module, features):
   """The parameters scale and bias of a normalising module."""
   scale = module.param('scale', nn.initializers.ones, (features,))
@@ -175,6 +202,13 @@ def _statistics(x):
   x = _at_least_float32(x)
   mean = jnp.mean(x, axis=(0, 1, 2))
   return mean, jnp.maximum(jnp.mean(jnp.square(x), axis=(0, 1, 2)) - jnp.square(mean), 0)
+
+
+def _normalised_images(x, epsilon):
+  """Each image of (n, h, w, features) less its mean, by its standard deviation."""
+  x = _at_least_float32(x)
+  x = x - jnp.mean(x, axis=(1, 2, 3), keepdims=True)
+  return x / jnp.sqrt(jnp.mean(jnp.square(x), axis=(1, 2, 3), keepdims=True) + epsilon)
 
 
 def _product_statistics(squares, kernel):
