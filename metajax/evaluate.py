@@ -56,9 +56,9 @@ def make_outputs(algorithm, source, *, episodes, seed, chunk='auto'):
 
 
 def ensemble(objective, results):
-  """Metrics of the arithmetic mean of several models' outputs: of logits, without a softmax, as in MAML++'s code.
+  """Metrics of the arithmetic mean of several models' outputs; of logits without a softmax.
 
-  Antoniou et al. 2019, section 5; `evaluated_test_set_using_the_best_models` in the authors' code.
+  As in the code of MAML++ (Antoniou et al. 2019), `evaluated_test_set_using_the_best_models`.
 
   Args:
     objective: its losses and metrics are what is reported.

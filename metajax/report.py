@@ -260,7 +260,10 @@ def _number(result, prefix=''):
 
 
 def draw_training(workdir):
-  """Draws the learning curves, and task weights, inner step sizes and the steps' importance where there are any."""
+  """Draws the learning curves, and task weights, inner step sizes and the steps' importance where there are any.
+
+  They go into the TensorBoard events as well.
+  """
   folder, records = Path(workdir) / 'figures', writer.read(workdir)
   figures.learning_curves(folder / 'learning_curves.png', records)
   figures.task_weights(folder / 'task_weights.png', records)
