@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from metajax.errors import UserError, first_line
 
-_KEEP_BEST = 5
+KEEP_BEST = 5
 _KEEP_LATEST = 2  # the one before the latest too, should the latest turn out damaged
 
 
@@ -84,6 +84,10 @@ class Checkpoints:
     """
     return self._first_sound(steps, lambda step: self.restore(step, like))
 
+  def restore_validated(self, like):
+    """Yields the states of the checkpoints that were validated and can be read, the best first; read one at a time."""
+    return self._sound(self.validated_steps(), lambda step: self.restore(step, like), {})
+
   def best_weights(self):
     """What the best checkpoint that can be read has learned, whatever else is in it.
 
@@ -103,16 +107,23 @@ class Checkpoints:
 
   def _first_sound(self, steps, read):
     damaged = {}
-    for step in steps:
-      try:
-        return read(step), damaged
-      except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-        damaged[step] = first_line(error)
-        print(f'checkpoint {self.directory / str(step)} cannot be read ({damaged[step]}): trying the next')
+    for state in self._sound(steps, read, damaged):
+      return state, damaged
     raise UserError(
       f'no checkpoint in {self.directory} can be read (damaged, or of another version of metajax): '
       f'move the folder away to start anew, or choose another --workdir'
     )
+
+  def _sound(self, steps, read, damaged):
+    """Yields what `read(step)` returns where it can; the others go into `damaged`, {step: why}."""
+    for step in steps:
+      try:
+        state = read(step)
+      except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+        damaged[step] = first_line(error)
+        print(f'checkpoint {self.directory / str(step)} cannot be read ({damaged[step]}): trying the next')
+        continue
+      yield state
 
   def set_aside(self, steps):
     """Moves damaged checkpoints out of the way, to `damaged_checkpoints`, so that their steps can be saved again."""
@@ -145,6 +156,14 @@ class Checkpoints:
 
   def best_steps(self):
     """Steps of all checkpoints, the best by validation first, those never validated last."""
+    return [step for _, step in self._ranks()]
+
+  def validated_steps(self):
+    """Steps of the checkpoints that were validated, the best first."""
+    return [step for score, step in self._ranks() if score > -np.inf]
+
+  def _ranks(self):
+    """(score, step) of all checkpoints, see `_rank`, the best first."""
     ranks = []
     for step in self.steps():
       folder = self.directory / str(step)
@@ -153,7 +172,7 @@ class Checkpoints:
       except _NO_SCORE as error:  # only where they are not set aside
         if folder.exists():  # else the run has removed it
           print(f'checkpoint {folder} cannot be read (its score: {first_line(error)}): left out')
-    return [step for _, step in sorted(ranks, reverse=True)]
+    return sorted(ranks, reverse=True)
 
   def close(self):
     """Waits until everything is on disk."""
@@ -168,7 +187,7 @@ class _LatestAndBest:
     del context
     latest = [info.step for info in checkpoints][-_KEEP_LATEST:]
     scores = [(info.metrics['score'], info.step) for info in checkpoints if info.metrics]
-    best = sorted(_rank(score, step) for score, step in scores if score is not None)[-_KEEP_BEST:]
+    best = sorted(_rank(score, step) for score, step in scores if score is not None)[-KEEP_BEST:]
     kept = {*latest, *(step for _, step in best)}
     return [info.step in kept for info in checkpoints]
 

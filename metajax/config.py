@@ -53,6 +53,7 @@ _EVAL = dict(
   shot=int,
   query_shot=int,
   augment=(),  # of validation and test: none unless asked for, whatever training has
+  ensemble=0,  # of so many of the best checkpoints by validation, the mean of their outputs: a number of its own
 )
 OF_INNER_LOOP = ('inner_steps', 'inner_lr')  # settings of `eval` that only some algorithms have
 _PACKAGES = {  # where a group's `name` is looked for, and what builds it there

@@ -1,4 +1,6 @@
-"""Evaluation on fixed episodes: adapt, predict, mean and 95 % interval."""
+"""Evaluation on fixed episodes: adapt, predict, mean and 95 % interval; of one model, and of several as an ensemble."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,35 +27,90 @@ def make(algorithm, objective, source, *, episodes, seed, chunk='auto', trajecto
     evaluate(params, model_state, resident) -> {metric: (episodes,) float32 array, or (episodes, inner_steps + 1) with
     `trajectory`}; `resident` is `source.resident`, replicated.
   """
-  key = parallel.replicate(keys.from_seed(seed))
-  size = min(_BATCH, episodes)
-  chunk = parallel.chunk_size(chunk, size, elements(source))
-  first, count = parallel.own_tasks(size, chunk)
 
   def metrics(params, model_state, episode, rng):
     def of_adapted(adapted):
-      outputs = algorithm.predict(params, model_state, adapted, episode.query.inputs)
-      if episode.class_ids.size:
-        outputs = outputs[:, : episode.class_ids.size]  # a network may have more outputs than the task has classes
-      losses = objective.losses(outputs, episode.query.targets)
-      return {'loss': jnp.mean(losses), **objective.metrics(outputs, episode.query.targets)}
+      return score(objective, _outputs(algorithm, params, model_state, adapted, episode), episode.query.targets)
 
     if trajectory:
       # One inner step at a time: all at once would need the memory of as many query sets.
       return jax.lax.map(of_adapted, algorithm.trajectory(params, model_state, episode.support, rng))
     return of_adapted(algorithm.adapt(params, model_state, episode.support, rng))
 
+  return _over_episodes(metrics, source, episodes, seed, chunk)
+
+
+def make_outputs(algorithm, source, *, episodes, seed, chunk='auto'):
+  """Compiles what `ensemble` needs of each model; arguments as in `make`.
+
+  Returns:
+    evaluate(params, model_state, resident) -> outputs (episodes, queries, way or values) float32, and the queries'
+    targets (episodes, queries) int32, in regression (episodes, queries, values) float32; NumPy arrays.
+  """
+
+  def outputs(params, model_state, episode, rng):
+    adapted = algorithm.adapt(params, model_state, episode.support, rng)
+    return _outputs(algorithm, params, model_state, adapted, episode), episode.query.targets
+
+  return _over_episodes(outputs, source, episodes, seed, chunk)
+
+
+def ensemble(objective, results):
+  """Metrics of the arithmetic mean of several models' outputs; of logits without a softmax.
+
+  As in the code of MAML++ (Antoniou et al. 2019), `evaluated_test_set_using_the_best_models`.
+
+  Args:
+    objective: its losses and metrics are what is reported.
+    results: for each model what `make_outputs` returns, of the same episodes; may be an iterator, so that one model is
+      there at a time.
+
+  Returns:
+    {metric: (episodes,) float32 array}; {} of no model.
+  """
+  total, count, targets = 0.0, 0, None
+  for outputs, queries in results:
+    total, count, targets = total + outputs.astype(np.float64), count + 1, queries
+  if not count:
+    return {}
+  metrics = jax.jit(jax.vmap(functools.partial(score, objective)))
+  return jax.device_get(metrics((total / count).astype(np.float32), targets))
+
+
+def score(objective, outputs, targets):
+  """What is reported of one episode: {metric: scalar}, from outputs (queries, ...) and targets (queries, ...)."""
+  return {'loss': jnp.mean(objective.losses(outputs, targets)), **objective.metrics(outputs, targets)}
+
+
+def _outputs(algorithm, params, model_state, adapted, episode):
+  outputs = algorithm.predict(params, model_state, adapted, episode.query.inputs)
+  # A network may have more outputs than the task has classes.
+  return outputs[:, : episode.class_ids.size] if episode.class_ids.size else outputs
+
+
+def _over_episodes(function, source, episodes, seed, chunk):
+  """Compiles `function(params, model_state, episode, rng)` for the first `episodes` of a source.
+
+  Returns:
+    evaluate(params, model_state, resident) -> a pytree like `function`'s, of NumPy arrays with a leading axis of
+    `episodes`.
+  """
+  key = parallel.replicate(keys.from_seed(seed))
+  size = min(_BATCH, episodes)
+  chunk = parallel.chunk_size(chunk, size, elements(source))
+  first, count = parallel.own_tasks(size, chunk)
+
   def step(state, constants, local):
     params, model_state = state
     resident, key, start = constants
 
-    def chunk_metrics(positions, weights, batch):
+    def of_chunk(positions, weights, batch):
       del weights
       tasks = source.decode(resident, batch)
       rngs = jax.vmap(jax.random.fold_in, (None, 0))(key, start + positions)
-      return (), jax.vmap(metrics, (None, None, 0, 0))(params, model_state, tasks, rngs)
+      return (), jax.vmap(function, (None, None, 0, 0))(params, model_state, tasks, rngs)
 
-    return parallel.mean_over_tasks(chunk_metrics, (), local, size)[1]
+    return parallel.mean_over_tasks(of_chunk, (), local, size)[1]
 
   step = parallel.over_devices(step)
 
@@ -62,8 +119,7 @@ def make(algorithm, objective, source, *, episodes, seed, chunk='auto', trajecto
     for start in range(0, episodes, size):
       local = parallel.lay_out(source.sample(start + first, count), size, chunk)
       results.append(step((params, model_state), (resident, key, np.int32(start)), local))
-    results = jax.device_get(results)
-    return {name: np.concatenate([r[name] for r in results])[:episodes] for name in results[0]}
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:episodes], *jax.device_get(results))
 
   return evaluate
 

@@ -9,6 +9,7 @@ import optax
 
 from metajax import config as config_lib
 from metajax import losses, optimizers, parallel, processes
+from metajax.checkpoint import KEEP_BEST
 from metajax.data import episodes
 from metajax.errors import UserError
 from metajax.types import Algorithm, Phase, TaskWeighting
@@ -33,7 +34,7 @@ _COUNTS = (
   *('total_steps', 'data.tasks', 'data.group', 'data.shot', 'data.query_shot'),
   *('eval.episodes', 'eval.val_episodes'),
 )
-_COUNTS_OR_ZERO = ('seed', 'eval.seed', 'log_every', 'eval_every', 'checkpoint_every')
+_COUNTS_OR_ZERO = ('seed', 'eval.seed', 'eval.ensemble', 'log_every', 'eval_every', 'checkpoint_every')
 
 
 def make(config, data_dir, needed=('train', 'test')):
@@ -42,11 +43,15 @@ def make(config, data_dir, needed=('train', 'test')):
     value, least = config_lib.get(config, name), int(name in _COUNTS)
     if not isinstance(value, int) or value < least:
       raise UserError(f'config.{name} = {value!r}: a whole number from {least} on is needed')
+  if config.eval.ensemble > KEEP_BEST:
+    raise UserError(f'config.eval.ensemble = {config.eval.ensemble}: only the {KEEP_BEST} best checkpoints are kept')
   splits = processes.first_then_others(lambda: config_lib.build(config, 'data', str(data_dir)))
   for split in needed:
     if split not in splits:
       hint = ', or use --mode=train' if split == 'test' else ''
       raise UserError(f'config.data: {config.data.name} has no {split} split: add one{hint}')
+  if config.eval.ensemble and 'val' not in splits:
+    raise UserError(f'config.eval.ensemble: {config.data.name} has no val split to choose by: add one, or set it to 0')
 
   sources = make_sources(config, splits)
   shapes = jax.eval_shape(sources['train'].decode, sources['train'].resident, sources['train'].sample(0, 1))

@@ -181,6 +181,88 @@ def task_weights(path, records):
 
 
 @matplotlib.rc_context(STYLE)
+def inner_lr(path, records):
+  """Draws learned inner step sizes: a table of the last ones, a row a tensor, and their way there.
+
+  White is what they began with; where signs differ, it is zero. Rows are in the order of the records' keys.
+
+  Args:
+    path: where the PNG goes.
+    records: dicts with 'step' and 'train/inner_lr/TENSOR', each (inner steps,), or (1,) where a tensor has one for all
+      steps. Without any nothing is drawn.
+  """
+  prefix = 'train/inner_lr/'
+  names = dict.fromkeys(key for record in records for key in record if key.startswith(prefix))
+  found = {name.removeprefix(prefix): _vectors(records, name) for name in names}
+  if not found:
+    return
+  columns = max(values.shape[1] for _, values in found.values())
+  table = np.stack([np.broadcast_to(values[-1], columns) for _, values in found.values()])
+  start = np.median(np.concatenate([values[0] for _, values in found.values()]))
+  center = 0.0 if (table < 0).any() and (table > 0).any() else start
+  reach = np.abs(table - center).max() or abs(center) or 1.0
+  last = max(steps[-1] for steps, _ in found.values())
+
+  width, height = max(0.62 * columns, 2.4), max(4.6, 1.4 + 0.24 * len(found))
+  fig = Figure(figsize=(width + 10, height), layout='constrained')
+  left, right = fig.subplots(1, 2, width_ratios=(width + 2, 6.4))
+  image = left.imshow(table, cmap='RdBu_r', vmin=center - reach, vmax=center + reach, aspect='auto')
+  if columns <= 10:
+    # Three significant digits of the largest, and as many decimal places for all.
+    places = int(np.clip(2 - np.floor(np.log10(np.abs(table).max() or 1)), 0, 6))
+    for (row, column), value in np.ndenumerate(table):
+      color = 'white' if abs(value - center) > 0.6 * reach else INK
+      left.text(column, row, f'{value:.{places}f}', ha='center', va='center', color=color, fontsize=9)
+  colors = matplotlib.colormaps['viridis'](np.linspace(0, 0.95, len(found)))
+  left.tick_params(length=0)
+  left.tick_params(axis='y', length=8, width=5)  # ticks as a legend of the curves
+  left.set_yticks(np.arange(len(found)), [_short(name) for name in found], fontsize=9)
+  for tick, color in zip(left.yaxis.get_major_ticks(), colors, strict=True):
+    tick.tick1line.set_markeredgecolor(color)
+  left.set_xticks(np.arange(columns), np.arange(columns) + 1 if columns > 1 else ['all'])
+  left.set(title='Learned step sizes', xlabel=f'inner step (after {last:,} meta-updates)')
+  left.grid(False)
+  left.spines[:].set_visible(False)
+  bar = fig.colorbar(image, ax=left, pad=0.02, aspect=5 * height)
+  bar.outline.set_visible(False)
+  white = '0' if center == 0 else f"{center:.3g}, the first record's median"
+  bar.set_label(f'step size (white: {white})')
+
+  for (steps, values), color in zip(found.values(), colors, strict=True):
+    right.plot(steps, values.mean(axis=1), color=color, linewidth=1.8, marker='o' if len(steps) == 1 else None)
+  if center == 0:
+    right.axhline(0, color=GREY, linestyle='--', linewidth=1.4)
+  right.set(title='Mean over inner steps', ylabel='step size')
+  _count_meta_updates(right)
+  _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
+def loss_importance(path, records):
+  """Draws how much the query loss after each inner step counts, one upon the other.
+
+  Args:
+    path: where the PNG goes.
+    records: dicts with 'step' and 'train/loss_importance' (inner steps,). Without any nothing is drawn.
+  """
+  steps, values = _vectors(records, 'train/loss_importance')
+  if not len(steps):
+    return
+  if len(steps) == 1:
+    steps, values = np.array([0, steps[0]]), np.repeat(values, 2, axis=0)
+  colors = matplotlib.colormaps['viridis'](np.linspace(0, 0.9, values.shape[1]))
+  fig = Figure(figsize=(7.4, 4.4), layout='constrained')
+  ax = fig.subplots()
+  labels = [f'step {k}' for k in range(1, values.shape[1] + 1)]
+  bands = ax.stackplot(steps, values.T, colors=colors, linewidth=0)
+  ax.legend(bands[::-1], labels[::-1], loc='center left', bbox_to_anchor=(1, 0.5), title='query loss after')
+  ax.margins(0)
+  ax.set(title='Importance of each inner step', ylabel='share of the task loss')
+  _count_meta_updates(ax)
+  _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
 def inner_steps(path, values, ci95, *, quantity, way=None):
   """Draws how adaptation helps: the mean over episodes after every inner step.
 
@@ -355,6 +437,12 @@ def _series(records, key, scale):
   """The values of a key by step: (n,) steps, (n,) values; where a step was recorded twice the later record counts."""
   found = {r['step']: r[key] for r in records if r.get(key) is not None and np.isfinite(r[key])}
   return np.array(sorted(found)), scale * np.array([found[step] for step in sorted(found)])
+
+
+def _vectors(records, key):
+  """A key's vectors by step: (n,) steps, (n, k) values; where a step was recorded twice the later record counts."""
+  found = {r['step']: r[key] for r in records if key in r}
+  return np.array(sorted(found)), np.array([found[step] for step in sorted(found)])
 
 
 def _count_meta_updates(ax):

@@ -137,7 +137,7 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
         if stopped:
           return
       if mode != 'train':
-        report.test(config, experiment, load_best(checkpoints, experiment, config), workdir)
+        report.test(config, experiment, load_best(checkpoints, experiment, config), workdir, checkpoints)
 
 
 def train(config, experiment, workdir, checkpoints, stop):

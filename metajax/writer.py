@@ -5,10 +5,13 @@ import os
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tensorboardX import SummaryWriter
 
 from metajax.errors import UserError, first_line
 from metajax.files import write_atomically
+
+_OF_FIGURES = '.figures'  # how the name of their events file ends
 
 
 class Writer:
@@ -48,6 +51,21 @@ class Writer:
   def close(self):
     self._file.close()
     self._events.close()
+
+
+def add_figures(workdir):
+  """Puts the PNGs of `figures` into the TensorBoard events, at the last step that was recorded.
+
+  They have an events file of their own, which takes the place of the one before: there is one of each figure, however
+  often it is drawn.
+  """
+  step = max((record['step'] for record in read(workdir)), default=0)
+  for path in Path(workdir).glob(f'events.out.tfevents.*{_OF_FIGURES}'):
+    path.unlink()
+  with SummaryWriter(str(workdir), filename_suffix=_OF_FIGURES) as events:
+    for path in sorted((Path(workdir) / 'figures').glob('*.png')):
+      with Image.open(path) as image:
+        events.add_image(f'figures/{path.stem}', np.asarray(image.convert('RGB')), step, dataformats='HWC')
 
 
 def read(workdir):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from metajax.data import download
 from metajax.errors import UserError
@@ -73,3 +74,13 @@ def start(*arguments, **environment):
     stderr=subprocess.PIPE,
     text=True,
   )
+
+
+def tensorboard_events(workdir):
+  """The TensorBoard events of a workdir, read without TensorFlow."""
+  for path in sorted(Path(workdir).glob('events.out.tfevents*')):
+    data, position = path.read_bytes(), 0
+    while position < len(data):  # records: length (8 bytes), its checksum (4), the event, its checksum (4)
+      length = int.from_bytes(data[position : position + 8], 'little')
+      yield Event.FromString(data[position + 12 : position + 12 + length])
+      position += 16 + length

@@ -138,6 +138,23 @@ def test_nothing_is_lost_when_no_checkpoint_can_be_read(tmp_path):
   checkpoints.close()
 
 
+def test_validated_states_come_one_by_one_the_best_first_without_those_damaged(tmp_path, capsys):
+  checkpoints = Checkpoints(tmp_path)
+  for step, score in enumerate([0.3, 0.9, 0.5, np.nan, None], start=1):
+    checkpoints.save(state_at(step), score)
+  checkpoints.close()
+  truncate(largest_file(tmp_path / 'checkpoints' / '3'))
+  checkpoints = Checkpoints(tmp_path, read_only=True)
+  assert checkpoints.validated_steps() == [2, 3, 1]
+  states = checkpoints.restore_validated(state_at(0))
+  assert_same(next(states), state_at(2))
+  assert capsys.readouterr().out == ''
+  assert_same(next(states), state_at(1))
+  assert f'checkpoint {tmp_path}/checkpoints/3 cannot be read' in capsys.readouterr().out
+  assert list(states) == []
+  checkpoints.close()
+
+
 def listing(folder):
   return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [folder, *folder.rglob('*')]}
 

@@ -82,6 +82,38 @@ def test_trajectory_reports_every_inner_step_and_ends_with_the_evaluation(source
   np.testing.assert_allclose(along['loss'][:, 0], run(untouched, source, 6, params=params)['loss'], rtol=1e-5)
 
 
+@pytest.mark.usefixtures('quick_compilation')
+def test_an_ensemble_is_the_mean_of_the_logits_in_numpy(source, learner):
+  algorithm, params = learner
+  members = [
+    jax.tree.map(lambda x, k=k: x + 0.3 * np.cos(k + np.arange(x.size)).reshape(x.shape), params) for k in (1, 2, 3)
+  ]
+  outputs_fn = evaluate.make_outputs(algorithm, source, episodes=7, seed=0)
+  resident = parallel.replicate(source.resident)
+  results = [outputs_fn(*parallel.replicate((member, {})), resident) for member in members]
+  assert results[0][0].shape == (7, 6, 3) and results[0][1].shape == (7, 6)
+
+  batch, adapt = source.decode(source.resident, source.sample(0, 7)), jax.jit(algorithm.adapt)
+  logits = np.zeros((7, 6, 3))
+  for k in range(7):
+    support, query, _ = jax.tree.map(lambda x, k=k: x[k], batch)
+    for member in members:
+      logits[k] += np.float64(algorithm.predict(member, {}, adapt(member, {}, support, None), query.inputs))[:, :3] / 3
+  found = evaluate.ensemble(losses.CLASSIFICATION, iter(results))
+  targets = np.asarray(batch.query.targets)
+  of_target = np.take_along_axis(logits, targets[..., None], axis=2)[..., 0]
+  assert found.keys() == {'loss', 'accuracy'}
+  np.testing.assert_allclose(found['loss'], (np.log(np.exp(logits).sum(2)) - of_target).mean(1), rtol=1e-4)
+  np.testing.assert_allclose(found['accuracy'], (logits.argmax(2) == targets).mean(1), rtol=1e-6)
+
+  alone = run(algorithm, source, 7, params=members[0])
+  one = evaluate.ensemble(losses.CLASSIFICATION, results[:1])
+  assert len(np.unique(alone['accuracy'])) > 1
+  for name in ('loss', 'accuracy'):
+    np.testing.assert_allclose(one[name], alone[name], rtol=1e-5)
+  assert evaluate.ensemble(losses.CLASSIFICATION, []) == {}
+
+
 def witness(adapt, predict):
   """A learner and an objective that report what they were given."""
   objective = losses.Objective(
@@ -131,6 +163,13 @@ def test_regression_reports_the_mean_squared_error():
   np.testing.assert_allclose(
     results['loss'], np.mean(source.sample(0, 5)['targets'][:, 5:] ** 2, axis=(1, 2)), rtol=1e-5
   )
+
+
+def test_an_ensemble_of_regressions_is_the_mean_of_their_outputs():
+  x, y = np.random.default_rng(0).normal(size=(2, 4, 5, 1)).astype(np.float32)
+  found = evaluate.ensemble(losses.REGRESSION, [(w * x, y) for w in (-1.0, 2.0, 5.0)])
+  assert found.keys() == {'loss'}
+  np.testing.assert_allclose(found['loss'], np.square(2 * x - y).mean(axis=(1, 2)), rtol=1e-5)
 
 
 def test_elements_are_the_input_values_of_an_episode(source):

@@ -1,12 +1,15 @@
 """Figures: each is written, opens as an image and holds what it was given; matplotlib's state stays as it was."""
 
+import contextlib
+
 import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from metajax import figures
+from metajax import figures, report, writer
+from tests.conftest import tensorboard_events
 
 
 @pytest.fixture
@@ -198,3 +201,67 @@ def test_task_weights(drawn, record):
 def test_without_task_weights_nothing_is_drawn(tmp_path):
   figures.task_weights(tmp_path / 'figure.png', [{'step': 1, 'train/loss': 2.0}])
   assert not (tmp_path / 'figure.png').exists()
+
+
+def step_sizes(records, shift):
+  for k in range(1, records + 1):
+    sizes = {'conv0': [0.1 + 0.01 * k, 0.1 - 0.02 * k - shift], 'head/bias': [0.1 + 0.03 * k]}
+    yield {'step': 10 * k, 'train/loss': 1.0, **{f'train/inner_lr/{name}': x for name, x in sizes.items()}}
+
+
+def test_inner_lr_shows_the_last_ones_from_where_they_began(drawn):
+  figures.inner_lr(drawn.path, [*step_sizes(3, 0.0)][::-1])
+  drawn.image()
+  table, curves, bar = drawn.figure.axes
+  np.testing.assert_allclose(table.images[0].get_array(), [[0.13, 0.04], [0.19, 0.19]])
+  assert [text.get_text() for text in table.texts] == ['0.130', '0.040', '0.190', '0.190']
+  assert [label.get_text() for label in table.get_yticklabels()] == ['conv0', 'head/bias']
+  # The first record's are 0.11, 0.08 and 0.13; the farthest from their median is 0.19.
+  np.testing.assert_allclose(table.images[0].get_clim(), (0.03, 0.19))
+  assert bar.get_ylabel() == "step size (white: 0.11, the first record's median)"
+  np.testing.assert_allclose(curves.lines[0].get_xydata(), [[10, 0.095], [20, 0.09], [30, 0.085]])
+  np.testing.assert_allclose(curves.lines[1].get_xydata(), [[10, 0.13], [20, 0.16], [30, 0.19]])
+
+
+def test_inner_lr_of_both_signs_shows_zero_white(drawn):
+  figures.inner_lr(drawn.path, list(step_sizes(3, 0.3)))
+  drawn.image()
+  np.testing.assert_allclose(drawn.figure.axes[0].images[0].get_clim(), (-0.26, 0.26))
+  assert drawn.figure.axes[2].get_ylabel() == 'step size (white: 0)'
+
+
+@pytest.mark.parametrize('sizes', [[0.1], [0.0, 0.0], [0.01] * 20])
+def test_inner_lr_of_next_to_nothing(drawn, sizes):
+  figures.inner_lr(drawn.path, [{'step': 1, 'train/inner_lr/head': sizes}])
+  drawn.image()
+
+
+@pytest.mark.parametrize('num', [1, 3])
+def test_loss_importance_is_stacked(drawn, num):
+  values = np.array([[0.2, 0.8], [0.1, 0.9], [0.0, 1.0]])[:num]
+  records = [{'step': 10 * k, 'train/loss_importance': v.tolist()} for k, v in enumerate(values, 1)]
+  figures.loss_importance(drawn.path, [*records, {'step': 40}])
+  drawn.image()
+  first, second = (band.get_paths()[0].vertices for band in drawn.figure.axes[0].collections)
+  for x, (low, _) in zip(10 * np.arange(1, num + 1), values, strict=True):
+    np.testing.assert_allclose(np.unique(first[first[:, 0] == x, 1].round(9)), np.unique([0, low]))
+    np.testing.assert_allclose(np.unique(second[second[:, 0] == x, 1].round(9)), np.unique([low, 1]))
+  assert {'step 1', 'step 2'} <= set(drawn.texts())
+
+
+def test_training_is_drawn_as_far_as_it_was_recorded_and_goes_into_the_events_once(tmp_path):
+  def figures_in_events():
+    found = [(e.step, v.tag, v.image) for e in tensorboard_events(tmp_path) for v in e.summary.value]
+    return [(step, tag) for step, tag, image in found if image.encoded_image_string.startswith(b'\x89PNG')]
+
+  with contextlib.closing(writer.Writer(tmp_path, 0)) as log:
+    log.write(1, 'train', {'loss': 1.0})
+  report.draw_training(tmp_path)
+  assert {path.stem for path in (tmp_path / 'figures').iterdir()} == {'learning_curves'}
+  assert figures_in_events() == [(1, 'figures/learning_curves')]
+  with contextlib.closing(writer.Writer(tmp_path, 1)) as log:
+    log.write(2, 'train', {'loss': 1.0, 'inner_lr/head': [0.1], 'loss_importance': [0.4, 0.6]})
+  for _ in range(2):
+    report.draw_training(tmp_path)
+    found = figures_in_events()
+    assert found == [(2, f'figures/{name}') for name in ('inner_lr', 'learning_curves', 'loss_importance')]

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from metajax import main, report, writer
-from tests.conftest import TINY, start
+from tests.conftest import TINY, start, tensorboard_events
 
 
 def run(*arguments):
@@ -90,22 +90,18 @@ def test_test_line():
   )
   line = 'test: 98.71 % ± 0.21 % (5-way 1-shot, 600 episodes, transductive batch norm, checkpoint 12000)'
   assert report.test_line(result) == line
+  result |= dict(ensemble_accuracy=0.989, ensemble_accuracy_ci95=0.002, ensemble_checkpoints=[4000, 3500])
+  line = 'ensemble of 2: 98.90 % ± 0.20 % (checkpoints 4000, 3500; protocol as below)'
+  assert report.ensemble_line(result) == line
   result = dict(loss=0.5, loss_ci95=0.25, shot=10, episodes=600, checkpoint_step=7)
   assert report.test_line(result) == 'test: mean squared error 0.5000 ± 0.2500 (10-shot, 600 episodes, checkpoint 7)'
 
 
 def test_tensorboard_events_are_readable_without_tensorflow(finished):
-  from tensorboardX.proto.event_pb2 import Event
-
   workdir, _ = finished
-  data = next(workdir.glob('events.out.tfevents*')).read_bytes()
-  tags, position = set(), 0
-  while position < len(data):  # records: length (8 bytes), its checksum (4), the event, its checksum (4)
-    length = int.from_bytes(data[position : position + 8], 'little')
-    event = Event.FromString(data[position + 12 : position + 12 + length])
-    tags |= {(event.step, value.tag) for value in event.summary.value}
-    position += 16 + length
+  tags = {(event.step, value.tag) for event in tensorboard_events(workdir) for value in event.summary.value}
   assert {(6, 'train/loss'), (3, 'val/accuracy'), (6, 'time/tasks_per_second'), (6, 'time/waiting_for_data')} <= tags
+  assert {(6, 'figures/learning_curves'), (6, 'figures/inner_steps'), (6, 'figures/episode')} <= tags
 
 
 def test_eval_mode_takes_the_workdirs_config_and_gives_the_same_numbers(finished, cache, capsys):
@@ -136,6 +132,28 @@ def test_eval_mode_with_other_options_of_evaluation(finished, cache):
   assert run('--mode=eval', f'--workdir={workdir}') == 0
 
 
+def test_eval_mode_with_an_ensemble_of_fewer_checkpoints_than_asked_for(finished, cache, capsys):
+  workdir, _ = finished
+  records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  scores = {r['step']: r['val/accuracy'] for r in records if 'val/accuracy' in r}
+  members = sorted(scores, key=lambda step: (scores[step], step), reverse=True)  # the later among equals
+  assert run('--mode=eval', f'--workdir={workdir}', '--config.eval.ensemble=5') == 0
+  lines = capsys.readouterr().out.splitlines()
+  result, each = (json.loads((workdir / name).read_text()) for name in ('test.json', 'test_episodes.json'))
+  assert result['ensemble_checkpoints'] == each['ensemble_checkpoints'] == members and len(members) == 2
+  assert result['ensemble_accuracy'] == np.mean(each['ensemble_accuracy']) and len(each['ensemble_accuracy']) == 20
+  assert result['accuracy'] == np.mean(each['accuracy']) and result['checkpoint_step'] == members[0]
+  assert 'config.eval.ensemble = 5, but validated checkpoints that can be read: 2; the ensemble is of these' in lines
+  assert lines[-2:] == [report.ensemble_line(result), report.test_line(result)]
+
+  assert run('--mode=eval', f'--workdir={workdir}', '--config.eval.ensemble=1') == 0
+  result = json.loads((workdir / 'test.json').read_text())
+  assert result['ensemble_checkpoints'] == members[:1]
+  for name in ('accuracy', 'accuracy_ci95', 'loss', 'loss_ci95'):
+    assert result[f'ensemble_{name}'] == pytest.approx(result[name], rel=1e-5)
+  assert not any('but validated' in line for line in capsys.readouterr().out.splitlines())
+
+
 def test_errors_of_the_command_line(finished, cache, tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(tmp_path)
   workdir, _ = finished
@@ -146,10 +164,13 @@ def test_errors_of_the_command_line(finished, cache, tmp_path, capsys, monkeypat
   orphans = tmp_path / 'orphans'
   (orphans / 'checkpoints' / '5').mkdir(parents=True)
   only_train = tmp_path / 'images'
-  for k in range(3):
-    (only_train / 'train' / str(k)).mkdir(parents=True)
-    for i in range(4):
-      Image.new('L', (8, 8), 9 * i).save(only_train / 'train' / str(k) / f'{i}.png')
+  without_val = tmp_path / 'without_val'
+  for split in (only_train / 'train', without_val / 'train', without_val / 'test'):
+    for k in range(3):
+      folder = split / f'{split.name}_{k}'
+      folder.mkdir(parents=True)
+      for i in range(4):
+        Image.new('L', (8, 8), 9 * i + k).save(folder / f'{i}.png')
   for arguments, message in [
     ((), '--config=FILE is missing'),
     (('--config=none.py',), 'there is no file none.py'),
@@ -188,6 +209,12 @@ def test_errors_of_the_command_line(finished, cache, tmp_path, capsys, monkeypat
     ((tiny, '--config.data.tasks=0'), 'config.data.tasks = 0'),
     ((tiny, '--config.seed=-1'), 'config.seed = -1'),
     ((tiny, '--config.log_every=-5'), 'config.log_every = -5'),
+    ((tiny, '--config.eval.ensemble=-1'), 'config.eval.ensemble = -1'),
+    ((tiny, '--config.eval.ensemble=6'), 'only the 5 best checkpoints are kept'),
+    (
+      (tiny, '--config.eval.ensemble=5', '--config.data.name=folder', f'--config.data.path={without_val}'),
+      'has no val split to choose by',
+    ),
     ((tiny, '--config.model.width=0'), 'width = 0'),
     ((tiny, '--config.algorithm.inner_steps=-1'), 'inner_steps = -1'),
     ((tiny, '--config.algorithm.name=reptile', '--config.algorithm.inner_batch=0'), 'inner_batch = 0'),
@@ -244,13 +271,17 @@ def test_regression_run(cache, tmp_path):
       '--config=configs/sinusoid.py',
       f'--workdir={workdir}',
       '--config.total_steps=2',
+      '--config.eval_every=1',
       '--config.eval.episodes=5',
       '--config.eval.val_episodes=5',
+      '--config.eval.ensemble=2',
     )
     == 0
   )
   result = json.loads((workdir / 'test.json').read_text())
   assert {'loss', 'loss_ci95', 'inner_steps'} <= result.keys() and not {'accuracy', 'way', 'batch_norm'} & result.keys()
+  assert sorted(result['ensemble_checkpoints']) == [1, 2] and result['ensemble_loss_ci95'] > 0
+  assert len(json.loads((workdir / 'test_episodes.json').read_text())['ensemble_loss']) == 5
   assert (workdir / 'figures' / 'regression.png').exists()
 
 

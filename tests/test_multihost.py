@@ -30,6 +30,7 @@ SETTINGS = (
   '--config.checkpoint_every=5',
   '--config.log_every=1',
   '--config.eval.episodes=7',
+  '--config.eval.ensemble=2',
 )
 ENDLESS = '--mode=train', '--config.total_steps=100000', '--config.eval_every=0', '--config.checkpoint_every=1'
 
@@ -104,7 +105,7 @@ def assert_same_run(a, b):
   for record, other in zip(*records, strict=True):
     assert record == pytest.approx(other, abs=1e-4)
   assert a['test'].keys() == b['test'].keys()
-  for name in ('loss', 'loss_ci95', 'accuracy', 'checkpoint_step'):
+  for name in ('loss', 'loss_ci95', 'accuracy', 'checkpoint_step', 'ensemble_loss', 'ensemble_checkpoints'):
     assert a['test'][name] == pytest.approx(b['test'][name], abs=1e-4), name
 
 
@@ -150,9 +151,9 @@ def test_there_is_one_log_and_one_of_everything(two):
   lines = [line for line in output.splitlines() if 'Gloo' not in line]
   assert '4 cpu device(s) of 2 processes' in lines[0]
   assert [line.split(':')[0] for line in lines if 'tasks/s' in line] == [f'step {k}/10' for k in range(1, 11)]
-  assert len(lines) == 1 + 10 + 2 + 2  # training, steps, validations, figures and test
+  assert len(lines) == 1 + 10 + 2 + 3  # training, steps, validations, figures, ensemble and test
   assert sorted(path.name for path in (workdir / 'checkpoints').iterdir()) == ['10', '5']
-  assert len(list(workdir.glob('events.*'))) == 1 and len(list((workdir / 'figures').iterdir())) == 3
+  assert len(list(workdir.glob('events.*'))) == 2 and len(list((workdir / 'figures').iterdir())) == 3
 
 
 def test_a_run_of_two_processes_goes_on_on_one(two, one, shared_cache, tmp_path):
