@@ -107,10 +107,15 @@ def parse(argv):
   if not values.config and not (values.mode == 'eval' and values.workdir):
     raise UserError('command line: --config=FILE is missing, such as --config=configs/quickstart.py')
   if not values.workdir:
-    path, _, arg = values.config.partition(':')
-    values.workdir = str(Path('runs') / (Path(path).stem + (f'-{arg}' if arg else '')))
+    values.workdir = default_workdir(values.config)
   values.data_dir = data_folder(values.data_dir)
   return values, overrides
+
+
+def default_workdir(config):
+  """runs/<config>[-<args>] for the config FILE[:ARGS]."""
+  path, _, arg = config.partition(':')
+  return str(Path('runs') / (Path(path).stem + (f'-{arg}' if arg else '')))
 
 
 def data_folder(given=None):
