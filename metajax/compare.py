@@ -220,7 +220,7 @@ def _stored(folder, config, best_step):
   except (OSError, ValueError, KeyError, TypeError) as error:
     return None, f'test_episodes.json is damaged ({type(error).__name__}: {first_line(error)})'
   wanted = {**report.protocol(config), **report.inner_loop(config)}
-  stale = [name for name in _differing([wanted, {**faced, **inner_loop}]) if name != 'episodes']
+  stale = [name for name in differing([wanted, {**faced, **inner_loop}]) if name != 'episodes']
   if stale:
     return None, f'test_episodes.json is of another {" and ".join(stale)}'
   if len(values) < config.eval.episodes:  # of more, the first are the same ones
@@ -255,7 +255,7 @@ def _check(protocols, named, mixed):
 
 def _refuse(protocols, hint):
   faults = []
-  for key in _differing(protocols.values()):
+  for key in differing(protocols.values()):
     folders = {}
     for folder, protocol in protocols.items():
       folders.setdefault(_brief(protocol.get(key)), []).append(folder)
@@ -264,7 +264,7 @@ def _refuse(protocols, hint):
     raise UserError(f'the protocols differ: {"; ".join(faults)}{hint}')
 
 
-def _differing(protocols):
+def differing(protocols):
   """The keys whose values are not the same in all protocols, in their order."""
   protocols = list(protocols)
   keys = dict.fromkeys(key for protocol in protocols for key in protocol)
@@ -329,7 +329,7 @@ def _row(name, runs):
 def _compared(row, first, seedwise):
   """The row with what there is to say of its differences to the runs `first`."""
   runs = row.runs
-  paired = set(_differing([first[0].protocol, runs[0].protocol])) <= set(_NOT_OF_EPISODES)
+  paired = set(differing([first[0].protocol, runs[0].protocol])) <= set(_NOT_OF_EPISODES)
   if paired:
     difference, difference_ci95 = _interval(_episodes(runs) - _episodes(first))
   else:
@@ -377,7 +377,7 @@ def as_text(rows):
 def protocol_line(rows):
   """What all rows have in common, such as 'omniglot, 5-way, 1-shot, 1 query a class, 600 episodes, test split'."""
   protocols = [row.runs[0].protocol for row in rows]
-  common = {key: value for key, value in protocols[0].items() if key not in _differing(protocols)}
+  common = {key: value for key, value in protocols[0].items() if key not in differing(protocols)}
   of_class = ' a class' if rows[0].runs[0].quantity == 'accuracy' else ''
   queries = 'query' if common.get('query_shot') == 1 else 'queries'
   parts = {
@@ -442,7 +442,7 @@ def _table(rows):
     'run': [row.name for row in rows],
     'seeds': [str(len(row.runs)) for row in rows],
   }
-  for key in _differing(row.runs[0].protocol for row in rows):
+  for key in differing(row.runs[0].protocol for row in rows):
     columns[key] = [_brief(row.runs[0].protocol.get(key)) for row in rows]
   shown = quantity if quantity == 'accuracy' else 'mean squared error'
   more = {  # a column that has something for a row at least
