@@ -18,7 +18,7 @@ python -m metajax.sweep --config=FILE[:ARGS] --over KEY=VALUE,VALUE ... [--workd
 --config, --data_dir and --config.KEY are those of metajax.main, and the same for every cell. All cells are looked at
 before the first starts. Run again, finished cells are skipped and others go on where they stopped. A cell that fails is
 told of, and the next one starts. Several sweeps may share a grid: each takes cells that no other is at. SIGTERM has the
-running cell saved, and stops. The exit status is 0 if all cells are finished.
+running cell saved, and stops. The exit status is 0 if all cells are finished, 1 if some are not.
 
 Rows of the table are cells that differ in their seed alone; see metajax.compare, whose command line stands below it.
 """
@@ -253,9 +253,10 @@ def run_and_show(cells, options):
     return _STOPPED
   print()
   show(cells, options)
-  for name, outcome in outcomes.items():
-    print(f'metajax: cell {name} is not finished: {outcome}', file=sys.stderr)
-  return 1 if outcomes else 0
+  left = [cell for cell in cells if not finished(cell)]  # another sweep may have finished what it was at
+  for cell in left:
+    print(f'metajax: cell {cell.name} is not finished: {outcomes[cell.name]}', file=sys.stderr)
+  return 1 if left else 0
 
 
 def run(cells):

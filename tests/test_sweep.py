@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from metajax import compare, config, main, report, sweep, workdir
+from metajax.errors import UserError
 from tests.conftest import ROOT, TINY
 
 GRID = f'--config={TINY}', '--over', 'seed=0,1', 'shot=1,2', '--config.eval.episodes=8'
@@ -229,7 +230,7 @@ def test_a_cell_that_another_sweep_is_at_is_left_to_it(started, capsys):
   assert f'cell {cells[0].name} is not finished: --workdir: {cells[0].workdir} is in use by' in capsys.readouterr().err
 
   def runs(process):
-    with pytest.raises(Exception, match='in use'), workdir.locked(cells[0].workdir, '.sweep.lock'):
+    with pytest.raises(UserError, match='in use'), workdir.locked(cells[0].workdir, '.sweep.lock'):
       pass
     with workdir.locked(cells[0].workdir):  # the run's own is free
       leave(started[-1][3:])
@@ -237,6 +238,12 @@ def test_a_cell_that_another_sweep_is_at_is_left_to_it(started, capsys):
 
   started.does = {cells[0].name: runs}
   assert run(*GRID) == 0
+
+  (Path(cells[3].workdir) / 'test.json').unlink()
+  with workdir.locked(cells[0].workdir, '.sweep.lock'):
+    (Path(cells[0].workdir) / 'test.json').unlink()
+    started.does = {cells[3].name: lambda process: len([leave(cells[k].arguments) for k in (0, 3)]) - 2}
+    assert run(*GRID) == 0  # the other one was done first
 
 
 def test_sigterm_is_handed_on_and_stops_the_sweep(started, capsys):
