@@ -346,8 +346,8 @@ def test_table_of_nothing(capsys):
 
 
 def test_a_run_in_a_process_of_its_own(monkeypatch):
-  """What is started is `metajax.main` of this package, and its status comes back."""
-  given = f'--config={TINY}', '--over', 'data.shot=100', '--config.model.name=mlp'
+  """What is started is `metajax.main` of this package: it finds the run's lock taken, and its status comes back."""
+  [cell] = cells_of(f'--config={TINY}', '--over', 'seed=0')
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
-  outcomes, stopped = sweep.run(cells_of(*given))
-  assert outcomes == {'data.shot=100': 'exit status 2'} and not stopped
+  with workdir.locked(cell.workdir):
+    assert sweep.run([cell]) == ({'seed=0': 'exit status 2'}, False)
