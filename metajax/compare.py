@@ -25,7 +25,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +40,7 @@ from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
 from metajax.errors import UserError, first_line
 from metajax.files import write_atomically
-from metajax.main import data_folder, explain, set_up
+from metajax.main import data_folder, explaining, set_up
 
 _NOT_OF_EPISODES = ('batch_norm', 'augment')  # what of the protocol leaves an episode's classes and images as they are
 
@@ -78,32 +77,23 @@ class Row(NamedTuple):
   ensemble_seeds_ci95: float | None = None
 
 
-def main(argv=None):
-  """Runs a command line; returns the exit status: 2 with one line on stderr for what a user can mend."""
+@explaining
+def main(argv):
+  """Runs a command line; returns the exit status."""
   set_up()
-  try:
-    options, named = parse(sys.argv if argv is None else argv)
-    configs = {folder: _config(folder, options.episodes) for folders in named.values() for folder in folders}
-    parallel.use_cores(min(config.eval.episodes for config in configs.values()))
-    settings = {folder: report.protocol(config) for folder, config in configs.items()}
-    _check(settings, named, options.mixed)  # before anything is evaluated
-    runs = {folder: read(folder, config, options.data_dir) for folder, config in configs.items()}
-    _check({folder: run.protocol for folder, run in runs.items()}, named, options.mixed)
-    rows = compare({name: [runs[folder] for folder in folders] for name, folders in named.items()})
-    for file, write in ((options.markdown, write_markdown), (options.csv, write_csv), (options.figure, _draw)):
-      if file:
-        save(file, write, rows)
-    print(as_text(rows), flush=True)
-    return 0
-  except BrokenPipeError:  # whoever reads has seen enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-  except (Exception, KeyboardInterrupt) as error:
-    status, line = explain(error)
-    if line is None:
-      raise
-    print(line, file=sys.stderr)
-    return status
+  options, named = parse(argv)
+  configs = {folder: _config(folder, options.episodes) for folders in named.values() for folder in folders}
+  parallel.use_cores(min(config.eval.episodes for config in configs.values()))
+  settings = {folder: report.protocol(config) for folder, config in configs.items()}
+  _check(settings, named, options.mixed)  # before anything is evaluated
+  runs = {folder: read(folder, config, options.data_dir) for folder, config in configs.items()}
+  _check({folder: run.protocol for folder, run in runs.items()}, named, options.mixed)
+  rows = compare({name: [runs[folder] for folder in folders] for name, folders in named.items()})
+  for file, write in ((options.markdown, write_markdown), (options.csv, write_csv), (options.figure, _draw)):
+    if file:
+      save(file, write, rows)
+  print(as_text(rows), flush=True)
+  return 0
 
 
 def parse(argv):

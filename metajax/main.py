@@ -16,6 +16,7 @@ Several processes as one run, each with the same command (under Slurm and Open M
 """
 
 import errno
+import functools
 import logging
 import os
 import re
@@ -83,6 +84,26 @@ def explain(error):
   if isinstance(error, KeyboardInterrupt):
     return 130, 'metajax: interrupted; run the same command again to go on from the last checkpoint'
   return 1, None
+
+
+def explaining(main):
+  """Makes of a `main` of an argv a command: of sys.argv by default, its errors the exit status and a line on stderr."""
+
+  @functools.wraps(main)
+  def command(argv=None):
+    try:
+      return main(sys.argv if argv is None else argv)
+    except BrokenPipeError:  # whoever reads has seen enough
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      return 0
+    except (Exception, KeyboardInterrupt) as error:
+      status, line = explain(error)
+      if line is None:
+        raise
+      print(line, file=sys.stderr)
+      return status
+
+  return command
 
 
 def parse(argv):

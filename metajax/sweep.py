@@ -39,7 +39,7 @@ from metajax import compare, parallel
 from metajax import config as config_lib
 from metajax import workdir as workdir_lib
 from metajax.errors import UserError, first_line
-from metajax.main import data_folder, default_workdir, explain, set_up
+from metajax.main import data_folder, default_workdir, explaining, set_up
 
 _INSTEAD = ('print', 'slurm', 'cell', 'table')  # what may be asked for instead of running the grid
 _STOPPED = 128 + signal.SIGTERM  # exit status
@@ -55,33 +55,23 @@ class Cell(NamedTuple):
   config: Any  # complete
 
 
-def main(argv=None):
-  """Runs a command line; returns the exit status: 2 with one line on stderr for what a user can mend."""
+@explaining
+def main(argv):
+  """Runs a command line; returns the exit status."""
   set_up()
-  try:
-    argv = sys.argv if argv is None else argv
-    options, axes, fixed = parse(argv)
-    cells = plan(axes, options.config, options.workdir, options.data_dir, fixed)
-    if options.print:
-      print('\n'.join(map(command, cells)), flush=True)
-    elif options.slurm:
-      print(slurm_command(argv, len(cells)), flush=True)
-    elif options.cell is not None:
-      _become(cells, options.cell)
-    elif options.table:
-      show(cells, options)
-    else:
-      return run_and_show(cells, options)
-    return 0
-  except BrokenPipeError:  # whoever reads has seen enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-  except (Exception, KeyboardInterrupt) as error:
-    status, line = explain(error)
-    if line is None:
-      raise
-    print(line, file=sys.stderr)
-    return status
+  options, axes, fixed = parse(argv)
+  cells = plan(axes, options.config, options.workdir, options.data_dir, fixed)
+  if options.print:
+    print('\n'.join(map(command, cells)), flush=True)
+  elif options.slurm:
+    print(slurm_command(argv, len(cells)), flush=True)
+  elif options.cell is not None:
+    _become(cells, options.cell)
+  elif options.table:
+    show(cells, options)
+  else:
+    return run_and_show(cells, options)
+  return 0
 
 
 def parse(argv):
