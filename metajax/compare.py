@@ -17,20 +17,21 @@ in the workdirs is changed, so a run may be training still.
 The intervals, 1.96 std / sqrt(episodes), cover the choice of test episodes and not the randomness of training: another
 seed may well fall outside. Differences are taken on each episode, which is as hard for one run as for the other, and
 are therefore known better than either mean. For several seeds an episode's values are averaged first; how much the
-seeds themselves differ is told by the standard deviation of their means, with n - 1.
+seeds themselves differ is told by the standard deviation of their means, with n - 1, and by the 95 % interval that
+Student's t makes of it: it is where the mean over many seeds would lie.
 """
 
 import contextlib
 import csv
 import io
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
+from scipy import special
 
 from metajax import config as config_lib
 from metajax import evaluate, figures, parallel, report, train
@@ -39,7 +40,7 @@ from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
 from metajax.errors import UserError, first_line
 from metajax.files import write_atomically
-from metajax.main import data_folder, explain, set_up
+from metajax.main import data_folder, explaining, set_up
 
 _NOT_OF_EPISODES = ('batch_norm', 'augment')  # what of the protocol leaves an episode's classes and images as they are
 
@@ -54,6 +55,7 @@ class Run(NamedTuple):
   values: np.ndarray  # (episodes,) float32
   checkpoint_step: int
   latest_step: int | None  # None without checkpoints
+  ensemble: tuple[float, float] | None = None  # quantity and half width, of a test of several checkpoints at once
 
 
 class Row(NamedTuple):
@@ -63,40 +65,35 @@ class Row(NamedTuple):
   runs: list[Run]
   mean: float
   ci95: float
-  difference: float | None  # to the first row
-  difference_ci95: float | None
-  paired: bool | None  # whether the difference is one on the same episodes
-  seeds_std: float | None  # of the seeds' means
-  seedwise: float | None  # mean over seeds of the differences between the k-th seeds
-  seedwise_std: float | None
+  difference: float | None = None  # to the first row
+  difference_ci95: float | None = None
+  paired: bool | None = None  # whether the difference is one on the same episodes
+  seeds_ci95: float | None = None  # of the seeds' means: half width by Student's t,
+  seeds_std: float | None = None  # and standard deviation
+  seedwise: float | None = None  # mean over seeds of the differences between the k-th seeds
+  seedwise_std: float | None = None
+  ensemble: float | None = None  # mean over seeds
+  ensemble_ci95: float | None = None  # over episodes: mean of the seeds' own, at least as wide as that of their mean
+  ensemble_seeds_ci95: float | None = None
 
 
-def main(argv=None):
-  """Runs a command line; returns the exit status: 2 with one line on stderr for what a user can mend."""
+@explaining
+def main(argv):
+  """Runs a command line; returns the exit status."""
   set_up()
-  try:
-    options, named = parse(sys.argv if argv is None else argv)
-    configs = {folder: _config(folder, options.episodes) for folders in named.values() for folder in folders}
-    parallel.use_cores(min(config.eval.episodes for config in configs.values()))
-    settings = {folder: report.protocol(config) for folder, config in configs.items()}
-    _check(settings, named, options.mixed)  # before anything is evaluated
-    runs = {folder: read(folder, config, options.data_dir) for folder, config in configs.items()}
-    _check({folder: run.protocol for folder, run in runs.items()}, named, options.mixed)
-    rows = compare({name: [runs[folder] for folder in folders] for name, folders in named.items()})
-    for file, write in ((options.markdown, _write_markdown), (options.csv, _write_csv), (options.figure, _draw)):
-      if file:
-        _save(file, write, rows)
-    print(as_text(rows), flush=True)
-    return 0
-  except BrokenPipeError:  # whoever reads has seen enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-  except (Exception, KeyboardInterrupt) as error:
-    status, line = explain(error)
-    if line is None:
-      raise
-    print(line, file=sys.stderr)
-    return status
+  options, named = parse(argv)
+  configs = {folder: _config(folder, options.episodes) for folders in named.values() for folder in folders}
+  parallel.use_cores(min(config.eval.episodes for config in configs.values()))
+  settings = {folder: report.protocol(config) for folder, config in configs.items()}
+  _check(settings, named, options.mixed)  # before anything is evaluated
+  runs = {folder: read(folder, config, options.data_dir) for folder, config in configs.items()}
+  _check({folder: run.protocol for folder, run in runs.items()}, named, options.mixed)
+  rows = compare({name: [runs[folder] for folder in folders] for name, folders in named.items()})
+  for file, write in ((options.markdown, write_markdown), (options.csv, write_csv), (options.figure, _draw)):
+    if file:
+      save(file, write, rows)
+  print(as_text(rows), flush=True)
+  return 0
 
 
 def parse(argv):
@@ -172,6 +169,7 @@ def read(folder, config, data_dir):
   with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
     steps, best = checkpoints.steps(), checkpoints.best_steps()
     result, why_not = _stored(folder, config, best[0] if best else None)
+    ensemble = result and _ensemble(folder, config, result)
     if result is None:
       if not best:
         raise UserError(f'{folder} holds no checkpoint to evaluate, and {why_not}: train first')
@@ -192,6 +190,7 @@ def read(folder, config, data_dir):
     np.array(result[quantity][: config.eval.episodes], np.float32),
     result['checkpoint_step'],
     steps[0] if steps else None,
+    ensemble,
   )
 
 
@@ -211,7 +210,7 @@ def _stored(folder, config, best_step):
   except (OSError, ValueError, KeyError, TypeError) as error:
     return None, f'test_episodes.json is damaged ({type(error).__name__}: {first_line(error)})'
   wanted = {**report.protocol(config), **report.inner_loop(config)}
-  stale = [name for name in _differing([wanted, {**faced, **inner_loop}]) if name != 'episodes']
+  stale = [name for name in differing([wanted, {**faced, **inner_loop}]) if name != 'episodes']
   if stale:
     return None, f'test_episodes.json is of another {" and ".join(stale)}'
   if len(values) < config.eval.episodes:  # of more, the first are the same ones
@@ -219,6 +218,17 @@ def _stored(folder, config, best_step):
   if best_step not in (None, step):
     return None, f'test_episodes.json is of checkpoint {step}, and now {best_step} is the best'
   return stored, None
+
+
+def _ensemble(folder, config, stored):
+  """What `test.json` has of an ensemble, and its half width; None without one, or if it is of other episodes."""
+  name = f'ensemble_{_quantity(stored)}'
+  try:
+    result = json.loads((Path(folder) / 'test.json').read_text())
+    same = (result['episodes'], result['checkpoint_step']) == (config.eval.episodes, stored['checkpoint_step'])
+    return (float(result[name]), float(result[f'{name}_ci95'])) if same else None
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
 
 
 def _quantity(result):
@@ -235,7 +245,7 @@ def _check(protocols, named, mixed):
 
 def _refuse(protocols, hint):
   faults = []
-  for key in _differing(protocols.values()):
+  for key in differing(protocols.values()):
     folders = {}
     for folder, protocol in protocols.items():
       folders.setdefault(_brief(protocol.get(key)), []).append(folder)
@@ -244,7 +254,7 @@ def _refuse(protocols, hint):
     raise UserError(f'the protocols differ: {"; ".join(faults)}{hint}')
 
 
-def _differing(protocols):
+def differing(protocols):
   """The keys whose values are not the same in all protocols, in their order."""
   protocols = list(protocols)
   keys = dict.fromkeys(key for protocol in protocols for key in protocol)
@@ -268,29 +278,56 @@ def compare(methods):
   Raises:
     UserError: one's accuracy would be compared with another's loss.
   """
+  _one_quantity(methods)
+  first = next(iter(methods.values()))
+  seedwise = len(first) > 1 and all(len(runs) == len(first) for runs in methods.values())
+  return [
+    _row(name, runs) if runs is first else _compared(_row(name, runs), first, seedwise)
+    for name, runs in methods.items()
+  ]
+
+
+def summarise(methods):
+  """Like `compare`, without differences: the methods may be of different protocols.
+
+  Raises:
+    UserError: also where the runs of one name are.
+  """
+  _one_quantity(methods)
+  protocols = {run.workdir: run.protocol for runs in methods.values() for run in runs}
+  _check(protocols, {name: [run.workdir for run in runs] for name, runs in methods.items()}, mixed=True)
+  return [_row(name, runs) for name, runs in methods.items()]
+
+
+def _one_quantity(methods):
   quantities = {runs[0].quantity: name for name, runs in methods.items()}
   if len(quantities) > 1:
     raise UserError(f'accuracy ({quantities["accuracy"]}) cannot be compared with loss ({quantities["loss"]})')
-  first = next(iter(methods.values()))
-  seedwise = len(first) > 1 and all(len(runs) == len(first) for runs in methods.values())
-  return [_row(name, runs, None if runs is first else first, seedwise) for name, runs in methods.items()]
 
 
-def _row(name, runs, first, seedwise):
-  mean, ci95 = _interval(_episodes(runs))
+def _row(name, runs):
   means = _seeds(runs)
-  row = Row(name, runs, mean, ci95, None, None, None, means.std(ddof=1) if len(runs) > 1 else None, None, None)
-  if first is None:
-    return row
-  paired = set(_differing([first[0].protocol, runs[0].protocol])) <= set(_NOT_OF_EPISODES)
+  row = Row(name, runs, *_interval(_episodes(runs)), seeds_ci95=_over_seeds(means))
+  if len(runs) > 1:
+    row = row._replace(seeds_std=means.std(ddof=1))
+  if all(run.ensemble for run in runs):
+    values, halves = np.array([run.ensemble for run in runs]).T
+    row = row._replace(ensemble=values.mean(), ensemble_ci95=halves.mean(), ensemble_seeds_ci95=_over_seeds(values))
+  return row
+
+
+def _compared(row, first, seedwise):
+  """The row with what there is to say of its differences to the runs `first`."""
+  runs = row.runs
+  paired = set(differing([first[0].protocol, runs[0].protocol])) <= set(_NOT_OF_EPISODES)
   if paired:
     difference, difference_ci95 = _interval(_episodes(runs) - _episodes(first))
   else:
     first_mean, first_ci95 = _interval(_episodes(first))
-    difference, difference_ci95 = mean - first_mean, np.hypot(ci95, first_ci95)
+    difference, difference_ci95 = row.mean - first_mean, np.hypot(row.ci95, first_ci95)
   row = row._replace(difference=difference, difference_ci95=difference_ci95, paired=paired)
   if seedwise:
-    differences = means - _seeds(first)
+    differences = _seeds(runs) - _seeds(first)
     row = row._replace(seedwise=differences.mean(), seedwise_std=differences.std(ddof=1))
   return row
 
@@ -303,6 +340,12 @@ def _episodes(runs):
 def _seeds(runs):
   """(seeds,) float64, averaged over the episodes."""
   return np.array([run.values.mean(dtype=np.float64) for run in runs])
+
+
+def _over_seeds(values):
+  """Half the width of the 95 % interval by Student's t; None of a single seed."""
+  n = len(values)
+  return special.stdtrit(n - 1, 0.975) * values.std(ddof=1) / np.sqrt(n) if n > 1 else None
 
 
 def _interval(values):
@@ -324,7 +367,7 @@ def as_text(rows):
 def protocol_line(rows):
   """What all rows have in common, such as 'omniglot, 5-way, 1-shot, 1 query a class, 600 episodes, test split'."""
   protocols = [row.runs[0].protocol for row in rows]
-  common = {key: value for key, value in protocols[0].items() if key not in _differing(protocols)}
+  common = {key: value for key, value in protocols[0].items() if key not in differing(protocols)}
   of_class = ' a class' if rows[0].runs[0].quantity == 'accuracy' else ''
   queries = 'query' if common.get('query_shot') == 1 else 'queries'
   parts = {
@@ -376,30 +419,39 @@ def _table(rows):
   scale, unit = (100, ' %') if quantity == 'accuracy' else (1, '')
   digits = 2 if quantity == 'accuracy' else 4
 
-  def number(value, half=None, sign='', separator='±'):
+  def number(value, spread=None, sign='', separator='±'):
     if value is None:
       return '-'
     text = f'{scale * value:{sign}.{digits}f}{unit}'
-    return text if half is None else f'{text} {separator} {scale * half:.{digits}f}{unit}'
+    return text if spread is None else f'{text} {separator} {number(spread)}'
+
+  def half(value):
+    return '-' if value is None else f'± {number(value)}'
 
   columns = {
     'run': [row.name for row in rows],
     'seeds': [str(len(row.runs)) for row in rows],
   }
-  for key in _differing(row.runs[0].protocol for row in rows):
+  for key in differing(row.runs[0].protocol for row in rows):
     columns[key] = [_brief(row.runs[0].protocol.get(key)) for row in rows]
-  columns[quantity if quantity == 'accuracy' else 'mean squared error'] = [number(row.mean, row.ci95) for row in rows]
-  columns[f'difference to {rows[0].name}'] = [
-    number(row.difference, row.difference_ci95, '+') + ' *' * (row.paired is False) for row in rows
-  ]
-  if any(row.seeds_std is not None for row in rows):
-    columns['std of seeds'] = [number(row.seeds_std) for row in rows]
-  if any(row.seedwise is not None for row in rows):
-    columns['difference, seed by seed'] = [number(row.seedwise, row.seedwise_std, '+', 'std') for row in rows]
+  shown = quantity if quantity == 'accuracy' else 'mean squared error'
+  more = {  # a column that has something for a row at least
+    f'difference to {rows[0].name}': [
+      number(row.difference, row.difference_ci95, '+') + ' *' * (row.paired is False) for row in rows
+    ],
+    '95 % over seeds': [half(row.seeds_ci95) for row in rows],
+    'std of seeds': [number(row.seeds_std) for row in rows],
+    'difference, seed by seed': [number(row.seedwise, row.seedwise_std, '+', 'std') for row in rows],
+    f'ensemble {shown}': [number(row.ensemble, row.ensemble_ci95) for row in rows],
+    'ensemble, 95 % over seeds': [half(row.ensemble_seeds_ci95) for row in rows],
+  }
+  columns[shown] = [number(row.mean, row.ci95) for row in rows]
+  columns |= {head: cells for head, cells in more.items() if set(cells) != {'-'}}
   return list(zip(*([head, *cells] for head, cells in columns.items()), strict=True))
 
 
-def _write_markdown(path, rows):
+def write_markdown(path, rows):
+  """The protocol, the table and its notes as Markdown."""
   head, *lines = ([cell.replace('|', r'\|') for cell in line] for line in _table(rows))
   table = [head, ['---', *['---:'] * (len(head) - 1)], *lines]
   text = [protocol_line(rows), '', *(f'| {" | ".join(line)} |' for line in table)]
@@ -407,7 +459,8 @@ def _write_markdown(path, rows):
   write_atomically(path, '\n'.join(text) + '\n')
 
 
-def _write_csv(path, rows):
+def write_csv(path, rows):
+  """Fractions in full precision, workdirs, and the protocol; a field is empty where there is nothing."""
   quantity = rows[0].runs[0].quantity
   keys = dict.fromkeys(key for row in rows for key in row.runs[0].protocol)
   file = io.StringIO()
@@ -438,7 +491,12 @@ def _draw(path, rows):
   )
 
 
-def _save(path, write, rows):
+def save(path, write, rows):
+  """Calls `write(path, rows)`, in a folder that may be new.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
   try:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write(path, rows)

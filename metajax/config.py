@@ -23,7 +23,7 @@ REQUIRED = inspect.Parameter.empty
 
 # Defaults of the settings that no module's signature holds. One of a type is empty until it is given; an empty
 # setting of `eval` is as in training.
-_TOP_LEVEL = dict(
+TOP_LEVEL = dict(
   seed=0,  # of initial weights and training episodes
   total_steps=REQUIRED,  # meta-updates
   log_every=100,
@@ -129,7 +129,7 @@ def complete(config):
     raise UserError(f'config: a ConfigDict is needed, not {config!r}')
   config = _plain(config)
   config.setdefault('weighting', {'name': 'uniform'})
-  _fill('config', config, _TOP_LEVEL, groups=_GROUPS)
+  _fill('config', config, TOP_LEVEL, groups=_GROUPS)
   for group in _GROUPS:
     settings = config.setdefault(group, {})
     if not isinstance(settings, dict):

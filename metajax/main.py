@@ -16,6 +16,7 @@ Several processes as one run, each with the same command (under Slurm and Open M
 """
 
 import errno
+import functools
 import logging
 import os
 import re
@@ -85,6 +86,26 @@ def explain(error):
   return 1, None
 
 
+def explaining(main):
+  """Makes of a `main` of an argv a command: of sys.argv by default, its errors the exit status and a line on stderr."""
+
+  @functools.wraps(main)
+  def command(argv=None):
+    try:
+      return main(sys.argv if argv is None else argv)
+    except BrokenPipeError:  # whoever reads has seen enough
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      return 0
+    except (Exception, KeyboardInterrupt) as error:
+      status, line = explain(error)
+      if line is None:
+        raise
+      print(line, file=sys.stderr)
+      return status
+
+  return command
+
+
 def parse(argv):
   """Splits a command line into flags with their defaults filled in, and the overrides of the config."""
   overrides = [arg for arg in argv if re.match(r'--?(no)?config\.', arg)]
@@ -107,10 +128,15 @@ def parse(argv):
   if not values.config and not (values.mode == 'eval' and values.workdir):
     raise UserError('command line: --config=FILE is missing, such as --config=configs/quickstart.py')
   if not values.workdir:
-    path, _, arg = values.config.partition(':')
-    values.workdir = str(Path('runs') / (Path(path).stem + (f'-{arg}' if arg else '')))
+    values.workdir = default_workdir(values.config)
   values.data_dir = data_folder(values.data_dir)
   return values, overrides
+
+
+def default_workdir(config):
+  """runs/<config>[-<args>] for the config FILE[:ARGS]."""
+  path, _, arg = config.partition(':')
+  return str(Path('runs') / (Path(path).stem + (f'-{arg}' if arg else '')))
 
 
 def data_folder(given=None):

@@ -16,13 +16,17 @@ _OF_EPISODES = ('way', 'shot', 'query_shot')
 
 
 @contextlib.contextmanager
-def locked(workdir):
+def locked(workdir, name='.lock'):
   """Creates the folder and holds its lock; the operating system lets go of it however the process ends.
+
+  Args:
+    workdir: the folder.
+    name: of the file that is the lock: a run has one, and a sweep that starts the run another.
 
   Raises:
     UserError: another process holds it, or the folder cannot be written.
   """
-  path = Path(workdir) / '.lock'
+  path = Path(workdir) / name
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open('a+')

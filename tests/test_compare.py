@@ -106,6 +106,20 @@ def test_seeds_are_averaged_on_each_episode_and_their_spread_is_shown(make, tmp_
   assert 'difference, seed by seed' not in rows[0]
 
 
+def test_an_ensemble_is_a_number_of_its_own(make, tmp_path, capsys):
+  folders = [make(name, accuracies(k, 8)) for k, name in enumerate('abcd')]
+  of_ensemble = dict(ensemble_accuracy=0.75, ensemble_accuracy_ci95=0.125)
+  for folder, more in zip(folders, (of_ensemble, {}, dict(of_ensemble, checkpoint_step=2), None), strict=True):
+    text = '{' if more is None else json.dumps({'episodes': 8, 'checkpoint_step': 6, **more})
+    (folder / 'test.json').write_text(text)
+  assert run(*folders) == 0
+  assert [row['ensemble accuracy'] for row in table_of(capsys.readouterr().out)] == ['75.00 % ± 12.50 %', '-', '-', '-']
+  assert run(*folders, '--episodes=7') == 0  # it was tested on all eight
+  assert 'ensemble' not in capsys.readouterr().out
+  assert run(f'ab={folders[0]},{folders[1]}', folders[2]) == 0
+  assert 'ensemble' not in capsys.readouterr().out
+
+
 def test_regression_compares_losses(make, tmp_path, capsys):
   regression = '--config.data.name=sinusoid', '--config.data.shot=10'
   given = dict(quantity='loss', batch_norm=None)

@@ -59,6 +59,15 @@ def test_slurm_saves_before_the_time_limit_and_goes_back_into_the_queue(tmp_path
   assert status == 0 and calls[1:] == ['scancel --signal=TERM 7.0', 'scontrol requeue 7']
 
 
+def test_slurm_array_runs_a_cell_of_a_grid(tmp_path):
+  stand_in(tmp_path, 'srun', '')
+  environment = dict(SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID='7', SLURM_ARRAY_TASK_ID='4')
+  script = str(LAUNCH / 'slurm.sbatch')
+  status, calls = run(tmp_path, 'bash', script, '--config=a', '--over', 'seed=0,1', **environment)
+  assert status == 0 and len(calls) == 1
+  assert calls[0].endswith(' python -m metajax.sweep --config=a --over seed=0,1 --cell=4')
+
+
 @pytest.fixture
 def job():
   service, job = yaml.safe_load_all((LAUNCH / 'kubernetes.yaml').read_text())
