@@ -36,9 +36,7 @@ def get_config(arg=None):
   config = ml_collections.ConfigDict()
   config.total_steps = 100 * arg.epochs
   config.eval_every = config.checkpoint_every = 100
-  config.data = dict(
-    name=arg.data, tasks=25 if many else 10, way=arg.way, shot=arg.shot, query_shot=arg.shot, size=28
-  )
+  config.data = dict(name=arg.data, tasks=25 if many else 10, way=arg.way, shot=arg.shot, query_shot=arg.shot, size=28)
   if arg.data == 'quickdraw':
     config.data.update(split='ffl', per_class=100, train_per_class=arg.drawings)
   elif arg.data == 'glyphs':

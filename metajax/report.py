@@ -18,7 +18,10 @@ from metajax.progress import readable
 _NOTES = 20  # at most so many on what the data set lacks; its manifest has all
 # Settings of the data that say nothing of which test episodes there are: what training alone sees, what stands in the
 # protocol by itself, and in which form the network gets to see the same examples.
-_NO_PROTOCOL = ('group', 'name', 'way', 'shot', 'query_shot', 'tasks', 'placement', 'augment', 'normalize', 'oracle')
+_NO_PROTOCOL = (
+  *('group', 'name', 'way', 'shot', 'query_shot', 'tasks', 'placement', 'augment', 'normalize', 'oracle'),
+  'train_per_class',
+)
 
 FOUND = ('batch_norm', 'dataset_notes')  # what of the protocol is no setting, but found when a run is evaluated
 

@@ -18,7 +18,9 @@ _PIXELS = 28 * 28
 _OPEN = 8  # files at a time; threads are never more than a few apart
 
 
-def load(data_dir, *, size=28, split='meta_dataset', split_seed=123, per_class=0, train_per_class=0, resample='bilinear'):
+def load(
+  data_dir, *, size=28, split='meta_dataset', split_seed=123, per_class=0, train_per_class=0, resample='bilinear'
+):
   """Loads Quick, Draw!, with ink 255 on paper 0.
 
   Google's files are 39.5 GB, and the table of all drawings is as large again. With some of the files, the classes
@@ -49,7 +51,9 @@ def load(data_dir, *, size=28, split='meta_dataset', split_seed=123, per_class=0
   if split not in ('meta_dataset', 'ffl'):
     raise UserError(f'quickdraw has no split {split!r}; choose one of meta_dataset, ffl')
   if min(per_class, train_per_class) < 0:
-    raise UserError(f'per_class = {per_class}, train_per_class = {train_per_class}: drawings of each class, or 0 for all')
+    raise UserError(
+      f'per_class = {per_class}, train_per_class = {train_per_class}: drawings of each class, or 0 for all'
+    )
   if not 0 <= split_seed < 2**32:
     raise UserError(f'split_seed = {split_seed}: seeds are from 0 to {2**32 - 1}')
   tables = source.load(dataset(split, split_seed, per_class), data_dir, images.Rendering(size, 'L', resample))
