@@ -5,8 +5,6 @@ python -m benchmarks.weighting [--json=FILE] [--shape=omniglot,mini] [--weightin
 
 import argparse
 
-import numpy as np
-
 from benchmarks import workload
 from metajax import optimizers
 from metajax.weighting import gradient, spsa, spsa_look_ahead, spsa_per_class, spsa_track, uniform
@@ -34,19 +32,8 @@ def measure(work, names, order, rounds):
     {name: {'step_ms': median, 'ratio': quartiles and median of a step's time over that of the step beside it}}.
   """
   plain = workload.TrainStep(work, order=order)
-  rows = {}
-  for name in names:
-    step = workload.TrainStep(work, order=order, weighting=WEIGHTINGS[name](work))
-    pairs = []
-    for number in range(rounds + 1):
-      # Which comes first changes, since the second finds the other's data in the cache.
-      pair = [step()[0], plain()[0]] if number % 2 else [plain()[0], step()[0]][::-1]
-      if number:
-        pairs.append(pair)
-    pairs = np.array(pairs)
-    low, ratio, high = np.percentile(pairs[:, 0] / pairs[:, 1], [25, 50, 75])
-    rows[name] = {'step_ms': 1e3 * np.median(pairs[:, 0]), 'ratio': ratio, 'ratio_quartiles': [low, high]}
-  return rows
+  steps = {name: workload.TrainStep(work, order=order, weighting=WEIGHTINGS[name](work)) for name in names}
+  return {name: workload.in_pairs(step, plain, rounds) for name, step in steps.items()}
 
 
 def main(argv=None):

@@ -117,8 +117,11 @@ def draw_episodes(workload, seed=0):
   return Episode(examples(workload.shot), examples(workload.query_shot), class_ids)
 
 
-def make_experiment(workload, *, order=2, checkpoint=False, weighting=None):
-  """The workload as training knows it; its episodes are ready arrays on the device, over and over again."""
+def make_experiment(workload, *, order=2, weighting=None, **settings):
+  """The workload as training knows it; its episodes are ready arrays on the device, over and over again.
+
+  `settings` are further ones of `maml.make`.
+  """
   episodes = draw_episodes(workload)
   source = Source(
     sample=lambda start, count: np.arange(start, start + count) % workload.tasks,
@@ -131,7 +134,7 @@ def make_experiment(workload, *, order=2, checkpoint=False, weighting=None):
     inner_steps=workload.inner_steps,
     inner_lr=workload.inner_lr,
     first_order=order == 1,
-    checkpoint=checkpoint,
+    **settings,
   )
   return experiment_lib.Experiment(
     splits={},
@@ -139,7 +142,7 @@ def make_experiment(workload, *, order=2, checkpoint=False, weighting=None):
     resident=parallel.replicate(episodes),
     objective=losses.CLASSIFICATION,
     algorithm=algorithm,
-    loss=algorithm.loss,
+    phases=experiment_lib.make_phases(algorithm, group=1),
     weighting=weighting or uniform.make(),
     tx=optimizers.make(1),
     evaluation=algorithm,
@@ -179,6 +182,19 @@ class TrainStep:
     start = time.perf_counter()
     self.state, metrics = jax.block_until_ready(self._compiled(self.state, *self._inputs))
     return time.perf_counter() - start, {k: np.asarray(v, np.float64).tolist() for k, v in metrics.items()}
+
+
+def in_pairs(step, plain, rounds):
+  """Times a TrainStep in turns with another: its median, and median and quartiles of its time over the other's."""
+  pairs = []
+  for number in range(rounds + 1):
+    # Which comes first changes, since the second finds the other's data in the cache.
+    pair = [step()[0], plain()[0]] if number % 2 else [plain()[0], step()[0]][::-1]
+    if number:
+      pairs.append(pair)
+  pairs = np.array(pairs)
+  low, ratio, high = np.percentile(pairs[:, 0] / pairs[:, 1], [25, 50, 75])
+  return {'step_ms': 1e3 * np.median(pairs[:, 0]), 'ratio': ratio, 'ratio_quartiles': [low, high]}
 
 
 def matmul(n=2048):

@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 
-from benchmarks import augment, conversion, evaluation, maml_step, memory, rivals, workload
+from benchmarks import augment, conversion, evaluation, maml_step, memory, parts, rivals, workload
 
 TINY = ['--shape=omniglot', '--image=16x16x1', '--width=4', '--query_shot=2', '--inner_steps=2', '--tasks=2']
 train_step = functools.cache(workload.TrainStep)
@@ -113,6 +113,13 @@ def test_augmentation_beside_pillow(tmp_path, monkeypatch):
   rows = results(augment.main, tmp_path, '--image=16x16x3', '--inner_steps=1', '--rounds=1')['rows']
   assert [row['what'] for row in rows] == ['decode', 'Pillow', 'meta-update']
   assert all(row['augment'] == list(names) and row['step_ms'] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_parts_of_mamlpp_beside_maml(tmp_path):
+  rows = results(parts.main, tmp_path, '--parts=maml,mamlpp', '--rounds=2')['rows']
+  assert [row['part'] for row in rows] == ['maml', 'mamlpp']
+  assert rows[0]['memory_ratio'] == 1 < rows[1]['memory_ratio'] and min(row['step_ms'] for row in rows) > 0
 
 
 @pytest.mark.slow

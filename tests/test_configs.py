@@ -28,6 +28,11 @@ SMALL = [
 
 def glyphs(folder):
   del folder
+  return ['--config.data.classes=(6,6,6)', '--config.model.width=4', '--config.model.downsample=stride']
+
+
+def sinusoid(folder):
+  del folder
   return []
 
 
@@ -68,10 +73,15 @@ def images(folder):
 MAML = ('baseline', 'uniform', 'spsa', 'spsa_track')
 PROTONET = ('pretrain', 'baseline', 'spsa', 'spsa_track')
 # Data on which compiling takes less than on the default ones.
-STRINGS = {'mtm_maml.py': ':data=omniglot,method=spsa_track', 'mtm_protonet.py': ':data=omniglot,method=pretrain'}
+STRINGS = {
+  'mtm_maml.py': ':data=omniglot,method=spsa_track',
+  'mtm_protonet.py': ':data=omniglot,method=pretrain',
+  'mamlpp.py': ':way=3,epochs=1,epoch=2',
+  'quickdraw.py': ':data=glyphs,way=3,method=meta_sgd',
+}
 # The others only train and validate: a test is the same for all configs of an algorithm, and compiling takes long.
 TESTED = ('maml_mini.py', 'protonet_omniglot.py', 'sinusoid.py')
-DATA = {'glyphs': glyphs, 'omniglot': omniglot, 'mini_imagenet': mini, 'folder': images, 'sinusoid': glyphs}
+DATA = {'glyphs': glyphs, 'omniglot': omniglot, 'mini_imagenet': mini, 'folder': images, 'sinusoid': sinusoid}
 
 
 # `.ci/run` runs the quick start whole.
@@ -83,6 +93,8 @@ def test_config_takes_two_steps(name, tmp_path, monkeypatch):
   extra = DATA[config.data.name](tmp_path)
   if 'inner_steps' in config.algorithm:
     extra.append('--config.eval.inner_steps=2')
+    if config.algorithm.inner_steps > 2:
+      extra.append('--config.algorithm.inner_steps=2')
   if config.data.group > 1:
     extra.append('--config.data.group=2')
   monkeypatch.chdir(ROOT)
@@ -108,6 +120,10 @@ def test_config_takes_two_steps(name, tmp_path, monkeypatch):
     *(f'mtm_maml.py:data=cifar_fs,way=5,shot=1,method={m}' for m in ('baseline', 'inner_first_order', 'backprop')),
     *(f'mtm_protonet.py:data=mini_imagenet,model=resnet12,tasks=2,method={m}' for m in PROTONET),
     *(f'mtm_protonet.py:data=cifar_fs,way=2,method={m}' for m in ('pretrain', 'backprop')),
+    # Every ablation of MAML++, and the twelve cells of Quick, Draw!.
+    *(f'mamlpp.py:way=5,method={m}' for m in ('maml', 'multi_step', 'order', 'per_step_norm', 'lslr', 'cosine', 'meta_sgd')),
+    *(f'mamlpp.py:data=mini_imagenet,way=5,shot={shot}' for shot in (1, 5)),
+    *(f'quickdraw.py:way={w},shot={s},drawings={d}' for w in (5, 10) for s in (1, 5, 10) for d in (20, 100)),
     *(f'mtm_protonet.py:data=fc100,shot=10,method={m}' for m in ('pretrain', 'inner_first_order')),
     'mtm_protonet.py:data=tiered_imagenet,way=2,shot=5,method=spsa',
   ],
