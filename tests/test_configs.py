@@ -121,7 +121,10 @@ def test_config_takes_two_steps(name, tmp_path, monkeypatch):
     *(f'mtm_protonet.py:data=mini_imagenet,model=resnet12,tasks=2,method={m}' for m in PROTONET),
     *(f'mtm_protonet.py:data=cifar_fs,way=2,method={m}' for m in ('pretrain', 'backprop')),
     # Every ablation of MAML++, and the twelve cells of Quick, Draw!.
-    *(f'mamlpp.py:way=5,method={m}' for m in ('maml', 'multi_step', 'order', 'per_step_norm', 'lslr', 'cosine', 'meta_sgd')),
+    *(
+      f'mamlpp.py:way=5,method={m}'
+      for m in ('maml', 'multi_step', 'order', 'per_step_norm', 'lslr', 'cosine', 'meta_sgd')
+    ),
     *(f'mamlpp.py:data=mini_imagenet,way=5,shot={shot}' for shot in (1, 5)),
     *(f'quickdraw.py:way={w},shot={s},drawings={d}' for w in (5, 10) for s in (1, 5, 10) for d in (20, 100)),
     *(f'mtm_protonet.py:data=fc100,shot=10,method={m}' for m in ('pretrain', 'inner_first_order')),

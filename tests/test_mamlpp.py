@@ -275,8 +275,11 @@ def test_training_passes_from_phase_to_phase_and_resumes_between_them_to_the_bit
   np.testing.assert_allclose(importance, [[0.5, 0.5]] * 2 + [[0.25, 0.75]] * 2 + [[0, 1]] * 2)
   config = workdir.read_config(tmp_path / 'whole')
   like = train.init_state(experiment_lib.make(config, None), config.seed)
-  whole, halves = (Checkpoints(tmp_path / name, read_only=True).restore(6, like) for name in ('whole', 'halves'))
+  both = [Checkpoints(tmp_path / name, read_only=True) for name in ('whole', 'halves')]
+  whole, halves = (checkpoints.restore(6, like) for checkpoints in both)
   jax.tree.map(np.testing.assert_array_equal, whole, halves)
+  chosen = [checkpoints.validated_steps() for checkpoints in both]  # for an ensemble
+  assert chosen[0] == chosen[1] and set(chosen[0]) == {3, 6}
   assert np.abs(whole.params['inner_lr']['head']['kernel'] - 0.1).min() > 1e-4  # in the checkpoint, and learned
 
 

@@ -198,7 +198,8 @@ def make(
       rows = inner_loop.rows(tables, np.arange(inner_steps))
       outputs, states = jax.lax.map(lambda x: query(*x), (*path, rows))
       weights = importance(step // epoch, inner_steps, multi_step_epochs)
-      values = weights @ jax.vmap(objective.losses, (0, None))(outputs, targets)
+      each = jax.vmap(objective.losses, (0, None))(outputs, targets)
+      values = jnp.matmul(weights, each, precision='highest')
       outputs, state, statistics = outputs[-1], jax.tree.map(lambda x: x[-1], states), states
     else:
       outputs, state = query(fast, inner_loop.rows(tables, inner_steps - 1))
