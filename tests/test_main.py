@@ -15,11 +15,15 @@ import pytest
 from PIL import Image
 
 from metajax import main, report, writer
-from tests.conftest import TINY, start
+from tests.conftest import AS_USERS_COMPILE, TINY, start
 
 
 def run(*arguments):
   return main.main(['metajax', *(str(argument) for argument in arguments)])
+
+
+def records(workdir):
+  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
 
 @pytest.fixture(scope='module')
@@ -42,10 +46,10 @@ def test_workdir_holds_what_the_design_names(finished):
   for path in (workdir / 'figures').iterdir():
     Image.open(path).verify()
 
-  records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  assert [r['step'] for r in records if 'train/loss' in r] == [1, 2, 3, 4, 5, 6]
-  assert [r['step'] for r in records if 'val/accuracy_ci95' in r] == [3, 6]
-  assert not any('time' in key for r in records for key in r)
+  written = records(workdir)
+  assert [r['step'] for r in written if 'train/loss' in r] == [1, 2, 3, 4, 5, 6]
+  assert [r['step'] for r in written if 'val/accuracy_ci95' in r] == [3, 6]
+  assert not any('time' in key for r in written for key in r)
 
   result = json.loads((workdir / 'test.json').read_text())
   expected = dict(
@@ -289,7 +293,7 @@ def test_sigterm_saves_and_exits_cleanly(cache, tmp_path, capsys):
   arguments[2] = f'--config.total_steps={step + 3}'
   assert run(*arguments, '--mode=train') == 0
   assert f'from step {step}:' in capsys.readouterr().out
-  steps = [json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  steps = [record['step'] for record in records(workdir)]
   assert sorted(set(steps)) == list(range(1, step + 4))
 
 
@@ -312,8 +316,7 @@ def test_divergence_stops_the_run(cache, tmp_path, capsys):
   step = int(error.split(' at step ')[1].split(';')[0])
   assert f'the last good checkpoint is of step {step - 1}' in error and 'inner_lr' in error
   assert error.count('\n') == 1
-  records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  assert all(np.isfinite(list(record.values())).all() for record in records)
+  assert all(np.isfinite(list(record.values())).all() for record in records(workdir))
 
 
 def wait_for(condition, process, seconds=120):
@@ -325,11 +328,12 @@ def wait_for(condition, process, seconds=120):
     time.sleep(0.05)
 
 
-def test_progress_bar_on_a_terminal(cache, tmp_path):
+def test_a_run_as_users_compile_it_has_the_same_numbers_and_a_progress_bar_on_a_terminal(finished, cache, tmp_path):
   control, terminal = pty.openpty()
   fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 120, 0, 0))
   process = subprocess.Popen(
     [sys.executable, '-m', 'metajax.main', f'--config={TINY}', f'--workdir={tmp_path}/run', '--mode=train'],
+    env={**os.environ, **AS_USERS_COMPILE},
     stdout=subprocess.DEVNULL,
     stderr=terminal,
   )
@@ -343,3 +347,5 @@ def test_progress_bar_on_a_terminal(cache, tmp_path):
   assert process.wait(timeout=60) == 0
   shown = shown.decode()
   assert '6/6' in shown and 'loss' in shown and 'accuracy' in shown and 'tasks/s' in shown and '\r' in shown
+  for record, other in zip(records(tmp_path / 'run'), records(finished[0]), strict=True):
+    assert record == pytest.approx(other, rel=1e-4, abs=1e-5)

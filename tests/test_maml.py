@@ -14,7 +14,6 @@ from metajax.algorithms import anil, maml
 from metajax.models import conv4, layers, mlp
 from metajax.types import Algorithm, Episode, Examples
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 WAY = 3
 
 

@@ -39,8 +39,6 @@ def environment(cache, devices=2):
     'METAJAX_CACHE': str(cache),
     'JAX_NUM_CPU_DEVICES': str(devices),
     'JAX_PLATFORMS': 'cpu',
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # compiling takes most of the time here,
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',  # so no program is compiled twice
   }
 
 

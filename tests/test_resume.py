@@ -16,9 +16,8 @@ def tinier(*overrides):
   return tiny('--config.model.name=mlp', '--config.model.hidden=(8,)', *overrides)
 
 
-def test_killed_at_random_moments_the_run_ends_the_same(cache, tmp_path, monkeypatch):
+def test_killed_at_random_moments_the_run_ends_the_same(cache, tmp_path):
   """The short form of `python -m tests.kill_and_resume`."""
-  monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
   arguments = tiny('--config.total_steps=60', '--config.eval_every=20', '--config.checkpoint_every=7')
   assert len(list(kill_and_resume.check(arguments, tmp_path, kills=2))) >= 2
 
@@ -56,9 +55,7 @@ def test_a_checkpoint_of_four_devices_goes_on_on_one_and_the_other_way_round(cac
       '--config.optimizer.name=sgd',
       '--config.optimizer.learning_rate=0.01',
     )
-    flags = f'--xla_force_host_platform_device_count={devices}'
-    quick = dict(METAJAX_CACHE=str(cache), JAX_DISABLE_MOST_OPTIMIZATIONS='1')
-    process = start(*arguments, XLA_FLAGS=flags, **quick)
+    process = start(*arguments, METAJAX_CACHE=str(cache), JAX_NUM_CPU_DEVICES=str(devices))
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert f'{devices} cpu device(s)' in output
