@@ -271,7 +271,7 @@ def test_a_second_process_on_a_workdir_is_refused_and_sigterm_saves_and_exits_cl
   process = start(*arguments, METAJAX_CACHE=str(cache))
   try:
     wait_for(lambda: (workdir / 'metrics.jsonl').exists() and (workdir / 'metrics.jsonl').stat().st_size, process)
-    assert run(*arguments) == 2
+    assert run(f'--config={TINY}', f'--workdir={workdir}') == 2
     assert f'is in use by process {process.pid} on ' in capsys.readouterr().err
   finally:
     process.send_signal(signal.SIGTERM)
