@@ -70,7 +70,6 @@ def differences(a, b):
 def check(arguments, folder, kills, seed=0):
   """Runs undisturbed, then with kills; yields a line about each finished run, raises if one differs."""
   rng, folder = random.Random(seed), Path(folder)
-  run(arguments, folder / 'warm-up')  # compiles: from here on all runs take alike
   start = time.monotonic()
   run(arguments, folder / 'undisturbed')
   seconds = time.monotonic() - start
