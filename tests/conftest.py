@@ -13,6 +13,14 @@ from metajax.errors import UserError
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / 'tests' / 'tiny.py')
 
+# Compiling takes most of the time of tests. Here, and in processes that tests start, XLA leaves out most optimisations
+# of machine code and generates it by the older of its two ways: a third of the time together, and the same program
+# before. A process that is to compile as users do is given AS_USERS_COMPILE. XLA reads its flags at JAX's first use.
+AS_USERS_COMPILE = {'XLA_FLAGS': os.environ.get('XLA_FLAGS', ''), 'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}
+os.environ['XLA_FLAGS'] = f'{AS_USERS_COMPILE["XLA_FLAGS"]} --xla_cpu_use_fusion_emitters=false'.strip()
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+jax.config.update('jax_disable_most_optimizations', True)
+
 
 @pytest.fixture(scope='session')
 def shared_cache(tmp_path_factory):
@@ -54,14 +62,6 @@ def omniglot_dir():
   if not (folder / 'images_background.zip').exists():
     pytest.skip(f'no Omniglot archives in {folder}; METAJAX_TEST_OMNIGLOT names another folder')
   return folder
-
-
-@pytest.fixture(scope='module')
-def quick_compilation():
-  """Leaves out most of XLA's optimisations, for tests in which compiling takes most of the time."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def start(*arguments, **environment):

@@ -20,19 +20,31 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 
-def run(arguments, workdir, kill_after=None):
-  """Runs metajax; returns whether it was killed before its end, after `kill_after` seconds."""
+def run(arguments, workdir, kill=None):
+  """Runs metajax; returns whether it was killed before its end.
+
+  `kill` is when, (lines of metrics.jsonl to wait for, seconds after them): most of a short run is its start, so moments
+  of a clock would hardly ever be after a checkpoint.
+  """
   command = [sys.executable, '-m', 'metajax.main', *arguments, f'--workdir={workdir}']
-  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-  try:
-    output, _ = process.communicate(timeout=kill_after)
-  except subprocess.TimeoutExpired:
-    process.kill()
-    process.communicate()
-    return True
-  if process.returncode:
-    raise RuntimeError(f'exit status {process.returncode}: {output}')
+  with tempfile.TemporaryFile('w+') as output:
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    while kill and process.poll() is None:
+      if lines_written(workdir) >= kill[0]:
+        time.sleep(kill[1])
+        process.kill()
+        process.wait()
+        return True
+      time.sleep(0.005)
+    if process.wait():
+      output.seek(0)
+      raise RuntimeError(f'exit status {process.returncode}: {output.read()}')
   return False
+
+
+def lines_written(workdir):
+  path = Path(workdir) / 'metrics.jsonl'
+  return path.read_bytes().count(b'\n') if path.exists() else 0
 
 
 def outcome(workdir):
@@ -58,27 +70,27 @@ def differences(a, b):
 def check(arguments, folder, kills, seed=0):
   """Runs undisturbed, then with kills; yields a line about each finished run, raises if one differs."""
   rng, folder = random.Random(seed), Path(folder)
-  run(arguments, folder / 'warm-up')  # compiles: from here on all runs take alike
   start = time.monotonic()
   run(arguments, folder / 'undisturbed')
   seconds = time.monotonic() - start
   expected = outcome(folder / 'undisturbed')
+  lines = expected['metrics'].count('\n')
   yield f'undisturbed: {seconds:.1f} s, checkpoints {expected["steps"]}'
   killed = attempt = 0
   while killed < kills:
     workdir, moments = folder / f'killed-{attempt}', []
     attempt += 1
     while killed < kills:
-      moment = rng.uniform(0.1, 1.0) * seconds
+      moment = rng.randrange(lines), rng.uniform(0, seconds / lines)
       if not run(arguments, workdir, moment):
         break
       killed += 1
-      moments.append(round(moment, 1))
+      moments.append(lines_written(workdir))
     else:
       run(arguments, workdir)
     if found := differences(expected, outcome(workdir)):
-      raise AssertionError(f'{workdir}: killed after {moments} s, and these differ: {found}')
-    yield f'{workdir.name}: killed after {moments} s, then the same end, bit for bit'
+      raise AssertionError(f'{workdir}: killed after {moments} of {lines} lines, and these differ: {found}')
+    yield f'{workdir.name}: killed after {moments} of {lines} lines, then the same end, bit for bit'
 
 
 def main():

@@ -19,7 +19,6 @@ def test_synthetic_table_is_made_once_and_mapped(tmp_path):
   assert table.starts.tolist() == [0, 5, 10, 14, 18, 22] and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.usefixtures('quick_compilation')
 @pytest.mark.parametrize('slow', [False, True])
 def test_waiting_is_small_unless_batches_are_slow_to_make(tmp_path, monkeypatch, slow):
   config = config_lib.load(TINY).to_dict()

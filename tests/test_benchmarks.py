@@ -13,7 +13,6 @@ from benchmarks import augment, conversion, evaluation, maml_step, memory, parts
 
 TINY = ['--shape=omniglot', '--image=16x16x1', '--width=4', '--query_shot=2', '--inner_steps=2', '--tasks=2']
 train_step = functools.cache(workload.TrainStep)
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,6 @@ from metajax.checkpoint import Checkpoints
 from tests.conftest import TINY
 from tests.test_checkpoint import listing, state_at
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 
 def run(*arguments):
   return compare.main(['compare', *(str(argument) for argument in arguments)])

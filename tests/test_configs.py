@@ -16,7 +16,6 @@ from metajax.datasets import mini_imagenet
 from metajax.datasets import omniglot as omniglot_data
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 FILES = sorted(path.name for path in (ROOT / 'configs').glob('*.py'))
 SMALL = [
   '--config.total_steps=2',

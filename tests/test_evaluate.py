@@ -82,7 +82,6 @@ def test_trajectory_reports_every_inner_step_and_ends_with_the_evaluation(source
   np.testing.assert_allclose(along['loss'][:, 0], run(untouched, source, 6, params=params)['loss'], rtol=1e-5)
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_an_ensemble_is_the_mean_of_the_logits_in_numpy(source, learner):
   algorithm, params = learner
   members = [

@@ -13,7 +13,6 @@ from metajax.checkpoint import Checkpoints
 from metajax.errors import UserError
 from tests.conftest import TINY
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 SMALL = ['--config.model.name=mlp', '--config.model.hidden=(4,)', '--config.eval.val_episodes=4', '--mode=train']
 
 

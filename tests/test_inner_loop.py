@@ -41,7 +41,7 @@ def test_derivatives_in_weights_and_rates_are_the_closed_form(first_order, check
   def after(w, rates):
     return inner_loop.sgd(loss_fn, {'w': w}, rates, first_order=first_order, checkpoint=checkpoint)[0]['w']
 
-  in_w, in_rates = jax.grad(after, (0, 1))(jnp.float32(1.5), jnp.array(RATES))
+  in_w, in_rates = jax.jit(jax.grad(after, (0, 1)))(jnp.float32(1.5), jnp.array(RATES))
   factors = 1 - 2 * np.array(RATES)
   gradients = 2 * (closed_form(1.5, RATES)[:-1] - TARGET)
   # The rate of step i moves the weight by -gradient_i, and the later steps scale that if they are differentiated.
@@ -56,12 +56,17 @@ def test_a_pytree_of_weights_moves_as_under_optax_sgd():
   def loss_fn(params, _=None):
     return sum(jnp.sum(jnp.sin(x) ** 2) for x in jax.tree.leaves(params)) * jnp.sum(params['b'][0]), ()
 
-  fast, _ = inner_loop.sgd(loss_fn, params, jnp.full(4, 0.01))
+  fast, _ = jax.jit(lambda params: inner_loop.sgd(loss_fn, params, jnp.full(4, 0.01)))(params)
   tx = optax.sgd(0.01)
+
+  @jax.jit
+  def step(params, state):
+    updates, state = tx.update(jax.grad(loss_fn, has_aux=True)(params)[0], state)
+    return optax.apply_updates(params, updates), state
+
   expected, state = params, tx.init(params)
   for _ in range(4):
-    updates, state = tx.update(jax.grad(loss_fn, has_aux=True)(expected)[0], state)
-    expected = optax.apply_updates(expected, updates)
+    expected, state = step(expected, state)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), fast, expected)
 
 
@@ -105,7 +110,8 @@ def test_checkpoint_of_a_long_loop_is_the_loop_without(steps):
     fast, losses, path = inner_loop.sgd(loss_fn, w, rates, checkpoint=checkpoint, path=True)
     return jnp.sum(fast) + jnp.sum(losses) + jnp.sum(path), (fast, losses, path)
 
-  both = [jax.grad(after, (0, 1), has_aux=True)(jnp.array([0.3, -0.8]), rates, c) for c in (True, False)]
+  gradient = jax.jit(jax.grad(after, (0, 1), has_aux=True), static_argnums=2)
+  both = [gradient(jnp.array([0.3, -0.8]), rates, c) for c in (True, False)]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *both)
 
 

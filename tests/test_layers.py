@@ -9,8 +9,6 @@ import pytest
 from metajax.errors import UserError
 from metajax.models import conv4, convolution, layers
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 
 @pytest.fixture(autouse=True)
 def _float64():

@@ -18,7 +18,6 @@ from metajax.models import conv4, layers, mlp
 from metajax.types import Episode, Examples
 from tests.conftest import TINY
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 WAY, STEPS = 3, 2
 PER_STEP = dict(learned_lr='tensor_step', adapt_norm=False, per_step_norm=True)
 

@@ -40,8 +40,6 @@ def environment(cache, devices=2):
     'METAJAX_CACHE': str(cache),
     'JAX_NUM_CPU_DEVICES': str(devices),
     'JAX_PLATFORMS': 'cpu',
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # compiling takes most of the time here,
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',  # so no program is compiled twice
   }
 
 
@@ -63,10 +61,9 @@ def ends(run, seconds=100):
       process.kill()
 
 
-def one_process(cache, *arguments):
-  [(status, output, errors)] = ends([start(*arguments, **environment(cache, devices=1))])
-  assert status == 0, errors
-  return output
+def here(*arguments):
+  """Runs in the process of the tests, on as many devices as it has."""
+  assert main.main(['metajax', *arguments]) == 0
 
 
 def local_sh(cache, *arguments):
@@ -138,7 +135,8 @@ def killed(two, tmp_path_factory, shared_cache):
 def one(killed, tmp_path_factory, shared_cache):
   """The same on one process with one device."""
   workdir = tmp_path_factory.mktemp('one') / 'run'
-  one_process(shared_cache, *SETTINGS, f'--workdir={workdir}')
+  [(status, _, errors)] = ends([start(*SETTINGS, f'--workdir={workdir}', **environment(shared_cache, devices=1))])
+  assert status == 0, errors
   return workdir
 
 
@@ -156,10 +154,11 @@ def test_there_is_one_log_and_one_of_everything(two):
   assert len(list(workdir.glob('events.*'))) == 2 and len(list((workdir / 'figures').iterdir())) == 3
 
 
-def test_a_run_of_two_processes_goes_on_on_one(two, one, shared_cache, tmp_path):
+def test_a_run_of_two_processes_goes_on_on_one(two, one, cache, tmp_path, capsys):
   workdir = shutil.copytree(two[0], tmp_path / 'run')
   shutil.rmtree(workdir / 'checkpoints' / '10')  # as if it had been killed before
-  assert 'from step 5:' in one_process(shared_cache, *SETTINGS, f'--workdir={workdir}')
+  here(*SETTINGS, f'--workdir={workdir}')
+  assert 'from step 5:' in capsys.readouterr().out
   assert_same_run(workdir, one)
 
 
@@ -199,17 +198,17 @@ def test_a_mistake_that_all_find_is_told_once(shared_cache, tmp_path):
   assert errors.count('\n') == 1 and 'only 6 classes' in errors
 
 
-def assert_goes_on(shared_cache, workdir):
+def assert_goes_on(workdir):
   """The run goes on, without a gap in what it has written."""
   steps = steps_done(workdir)
-  one_process(shared_cache, *SETTINGS, f'--workdir={workdir}', *ENDLESS, f'--config.total_steps={steps + 3}')
+  here(*SETTINGS, f'--workdir={workdir}', *ENDLESS, f'--config.total_steps={steps + 3}')
   records = [json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   assert sorted(set(records)) == list(range(1, steps + 4))
 
 
-def test_when_process_0_is_killed_the_other_says_so_and_the_run_goes_on(shared_cache, tmp_path):
+def test_when_process_0_is_killed_the_other_says_so_and_the_run_goes_on(cache, tmp_path):
   workdir = tmp_path / 'run'
-  run = pair(shared_cache, *SETTINGS, f'--workdir={workdir}', *ENDLESS)
+  run = pair(cache, *SETTINGS, f'--workdir={workdir}', *ENDLESS)
   wait_for_steps(workdir, 3, run)
   run[0].kill()
   since = time.monotonic()
@@ -219,7 +218,7 @@ def test_when_process_0_is_killed_the_other_says_so_and_the_run_goes_on(shared_c
   assert output == ''
   line = errors.splitlines()[-1]
   assert line.startswith('metajax: process 0 of 2 (on 127.0.0.1) has died') and 'run the same command again' in line
-  assert_goes_on(shared_cache, workdir)
+  assert_goes_on(workdir)
 
 
 def test_local_sh_forwards_signals(shared_cache, tmp_path):
@@ -237,12 +236,12 @@ def test_local_sh_refuses_what_is_no_number(arguments, message):
   assert result.returncode == 2 and message in result.stderr and result.stderr.count('\n') == 1
 
 
-def test_when_another_process_is_killed_process_0_ends_within_a_minute_and_the_run_goes_on(killed, shared_cache):
+def test_when_another_process_is_killed_process_0_ends_within_a_minute_and_the_run_goes_on(killed, cache):
   workdir, (status, _, errors), seconds = killed.result()
   assert status == processes.LOST and seconds < 60
   assert errors.count('\n') == 1 and errors.startswith('metajax: process 1 of 2 (on ') and 'has died' in errors
   assert 'run the same command again' in errors
-  assert_goes_on(shared_cache, workdir)
+  assert_goes_on(workdir)
 
 
 SLURM = {

@@ -18,7 +18,6 @@ from metajax.errors import UserError
 from metajax.types import Episode, Examples, Phase
 from metajax.weighting import spsa, spsa_look_ahead, spsa_per_class
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 # A task is its targets: the loss of query q is (w - target_q)^2, its derivative 2 (w - target_q).
 TARGETS = np.array([[0.0, 1.0], [2.0, 5.0], [-3.0, 0.5]], np.float32)
 W = 0.5

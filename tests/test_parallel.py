@@ -19,7 +19,6 @@ from metajax import evaluate, parallel, train
 from metajax import experiment as experiment_lib
 from metajax.errors import UserError
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 TASKS = 6
 EVALUATED = 7
 
@@ -123,8 +122,7 @@ def four_devices(tmp_path_factory):
   environment = {
     **os.environ,
     'JAX_PLATFORMS': 'cpu',
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+    'JAX_NUM_CPU_DEVICES': '4',
     'PYTHONPATH': str(pathlib.Path(metajax.__file__).parents[1]),
   }
   subprocess.run([sys.executable, __file__, str(path)], env=environment, check=True)

@@ -13,7 +13,6 @@ from metajax.errors import UserError
 from metajax.models import conv4, layers, mlp
 from tests.test_maml import assert_close, draw_episode
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 WAY, SHOT, QUERIES = 3, 2, 3
 
 

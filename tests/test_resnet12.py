@@ -9,8 +9,6 @@ import pytest
 from metajax.errors import UserError
 from metajax.models import layers, resnet12
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 TINY = (2, 3, 4, 5)
 
 

@@ -13,7 +13,6 @@ from metajax import config as config_lib
 from metajax.errors import UserError
 from metajax.weighting import gradient, sin, spsa, spsa_look_ahead, spsa_per_class, spsa_per_coarse_class, spsa_track
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 LOSSES = np.array([1.2, 0.8, 1.5, 1.0], np.float32)
 BEFORE = np.array([1.6, 1.1, 1.3, 0.9], np.float32)
 SIGNS = np.array([1, -1, 1, 1], np.float32)
