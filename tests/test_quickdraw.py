@@ -87,6 +87,11 @@ def test_draw_is_fast_forward_labs(data):
     for name in t.names:
       np.testing.assert_array_equal(of(t, name), truth[split][name])
 
+  # of the training classes alone fewer may be taken
+  few = quickdraw.load(str(data), split='ffl', per_class=5, train_per_class=3)
+  assert [set(t.counts) for t in few.values()] == [{3}, {5}, {5}]
+  np.testing.assert_array_equal(of(few['train'], 'bear'), truth['train']['bear'][:3])
+
   # the other split has the same drawings; another seed has others
   everywhere = {name: rows for classes in truth.values() for name, rows in classes.items()}
   others = quickdraw.load(str(data), per_class=5)
@@ -259,6 +264,7 @@ def test_mistakes_in_drawn_files_are_named(data, mistake):
   [
     (dict(split='random'), "quickdraw has no split 'random'; choose one of meta_dataset, ffl"),
     (dict(per_class=-1), 'per_class = -1: drawings of each class, or 0 for all'),
+    (dict(train_per_class=-1), 'train_per_class = -1: drawings of each class, or 0 for all'),
     (dict(split_seed=-1), 'split_seed = -1: seeds are from 0 to 4294967295'),
     (dict(size=0), 'size = 0'),
   ],

@@ -50,10 +50,9 @@ def load(
   """
   if split not in ('meta_dataset', 'ffl'):
     raise UserError(f'quickdraw has no split {split!r}; choose one of meta_dataset, ffl')
-  if min(per_class, train_per_class) < 0:
-    raise UserError(
-      f'per_class = {per_class}, train_per_class = {train_per_class}: drawings of each class, or 0 for all'
-    )
+  for name, number in (('per_class', per_class), ('train_per_class', train_per_class)):
+    if number < 0:
+      raise UserError(f'{name} = {number}: drawings of each class, or 0 for all')
   if not 0 <= split_seed < 2**32:
     raise UserError(f'split_seed = {split_seed}: seeds are from 0 to {2**32 - 1}')
   tables = source.load(dataset(split, split_seed, per_class), data_dir, images.Rendering(size, 'L', resample))
