@@ -1,4 +1,4 @@
-r"""MAML++ (Antoniou, Edwards & Storkey 2019), its baseline, and each of its parts alone.
+r"""MAML++ (Antoniou, Edwards & Storkey 2019), its baseline, and its parts alone.
 
     python -m metajax.main --config=configs/mamlpp.py:way=20,shot=1
     python -m metajax.main --config=configs/mamlpp.py:data=mini_imagenet,way=5,shot=1 --data_dir=DIR
@@ -15,8 +15,8 @@ theirs, with one query a class, so their test episodes (5 or 20 queries in a bat
 harder or easier; pixels are grey where theirs are 0 or 1, and convolutions have no bias.
 
 Methods: maml; its parts alone: multi_step, order (the first half of the epochs in first order), per_step_norm, lslr,
-cosine; mamlpp, all of these but `order`; meta_sgd, with as many inner steps. `maml` here is the authors' strong
-baseline: LeakyReLU, max pooling, normalisation's parameters left to the outer loop.
+cosine; mamlpp, all of these but `order`; meta_sgd, with as many inner steps. Other parts are settings, see README.
+`maml` here is the authors' strong baseline: LeakyReLU, max pooling, normalisation's parameters left to the outer loop.
 """
 
 import ml_collections
@@ -52,14 +52,14 @@ def get_config(arg=None):
     adapt_norm=False,
     per_step_norm=uses('per_step_norm'),
     multi_step_epochs=max(arg.epochs * (15 if mini else 10) // 100, 1) if uses('multi_step') else 0,
-    first_order_epochs=arg.epochs // 2 if arg.method == 'order' else 0,
+    first_order_epochs=max(arg.epochs // 2, 1) if arg.method == 'order' else 0,
     epoch=arg.epoch,
     batch_norm='transductive',
   )
   if arg.method != 'meta_sgd':
     config.algorithm.learned_lr = 'tensor_step' if uses('lslr') else 'no'
   config.optimizer = dict(learning_rate=1e-3, clamp=10.0 if mini else 0.0)
-  if uses('cosine') and not mini:
+  if arg.method == 'cosine' or (uses('cosine') and not mini):
     config.optimizer.update(schedule='cosine', final_rate=1e-5, hold=arg.epoch)
   config.eval = dict(val_episodes=600, ensemble=5)
   return config

@@ -18,6 +18,7 @@ checkpoint that is best in validation; with 20 drawings theirs lost by taking th
 validation after epoch 10, 58.9 after 50). `method=meta_sgd` learns a step size for each tensor, as a class in their
 package that nothing used (its initial ones are 0.1; here they are the cell's): `--config.algorithm.learned_lr=element`
 is the paper's form; `method=fomaml` is first order. `data=glyphs` runs a cell on drawn characters, without a download.
+Initial weights are Glorot-uniform and convolutions have no bias, where theirs are PyTorch's defaults.
 """
 
 import ml_collections
@@ -32,6 +33,8 @@ def get_config(arg=None):
   arg = parse_arg(arg, way=5, shot=1, drawings=100, method='maml', data='quickdraw', epochs=50)
   if arg.method not in METHODS:
     raise UserError(f'--config: method is one of {", ".join(METHODS)}, not {arg.method!r}')
+  if not 1 <= arg.drawings <= 100:
+    raise UserError(f'--config: drawings={arg.drawings}: 1 to 100, which validation and test have')
   many = arg.drawings > 20
   config = ml_collections.ConfigDict()
   config.total_steps = 100 * arg.epochs

@@ -71,7 +71,7 @@ def make(config, data_dir, needed=('train', 'test')):
   evaluation = config_lib.build(config, 'algorithm', model, objective=objective, way=way, **for_evaluation)
   example = np.zeros(shapes.support.inputs.shape[1:], np.float32)
   if not regression and way > config.data.way:
-    check_outputs(evaluation, shapes.support, example, way)
+    check_outputs(evaluation._replace(init=algorithm.init), shapes.support, example, way)
   tx = config_lib.call(optimizers.make, config, 'optimizer', config.total_steps)
   sources['train'] = episodes.grouped(sources['train'], config.data.group)
   return Experiment(

@@ -1,6 +1,7 @@
 """Differentiable gradient descent on one task, shared by every gradient-based learner."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -109,12 +110,14 @@ def step_sizes(learned, inner_lr, inner_lr_range=(), positive=False):
     raise UserError(f'learned_lr is one of no, {", ".join(shapes)}, not {learned!r}')
   if learned == 'no' and (inner_lr_range or positive):
     raise UserError('inner_lr_range and positive_lr are for learned step sizes: choose a learned_lr')
-  low, high = inner_lr_range if len(inner_lr_range) == 2 else (inner_lr, inner_lr)
-  if len(inner_lr_range) not in (0, 2) or low > high or (positive and low <= 0):
+  bounds = inner_lr_range or (inner_lr, inner_lr)
+  sound = len(bounds) == 2 and all(type(x) in (int, float) and math.isfinite(x) for x in bounds)
+  if not sound or bounds[0] > bounds[1] or (positive and bounds[0] <= 0):
     raise UserError(
       f'inner_lr = {inner_lr}, inner_lr_range = {inner_lr_range}: the latter is (low, high), and both are above 0 '
       'with positive_lr'
     )
+  low, high = bounds
 
   def init(rng, weights, steps):
     leaves, treedef = jax.tree.flatten(weights)

@@ -46,11 +46,15 @@ def updated(old, new, momentum=1.0):
   """
   state = {**old, **jax.lax.stop_gradient(dict(new))}
   if 'batch_stats' in old:
-    average = old['batch_stats']
-    if momentum != 1:
-      average = jax.tree.map(lambda a, b: momentum * a + (1 - momentum) * b, average, state['batch_stats'])
-    state['batch_stats'] = average
+    state['batch_stats'] = averaged(old['batch_stats'], state['batch_stats'], momentum)
   return state
+
+
+def averaged(old, new, momentum):
+  """Running averages after new statistics, which are taken as constants; with a momentum of 1 those before."""
+  if momentum == 1:
+    return old
+  return jax.tree.map(lambda a, b: momentum * a + (1 - momentum) * jax.lax.stop_gradient(b), old, new)
 
 
 def _rngs(rng):

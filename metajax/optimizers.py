@@ -36,10 +36,11 @@ def make(
     hold: meta-updates over which they keep a step size; MAML++ (Antoniou et al. 2019) has the cosine of an epoch's
       first meta-update for all of it.
     momentum, nesterov: of sgd.
-    weight_decay: of every parameter. Of adam and sgd it is part of the gradient, as in PyTorch; of adamw it is not.
+    weight_decay: of every parameter but learned inner step sizes. Of adam and sgd it is part of the gradient, as in
+      PyTorch; of adamw it is not.
     clip: largest global norm of the meta-gradient; 0 for none.
     clamp: largest size of an entry of the meta-gradient, before `clip`; 0 for none. As in MAML++, entries of learned
-      step sizes, the parameters under the top-level key 'inner_lr', are left alone.
+      inner step sizes are left alone.
 
   Raises:
     UserError: an unknown name or schedule, or settings that do not go together.
@@ -77,14 +78,14 @@ def make(
     raise UserError(f'{found}: out of range')
   own = {
     'adam': {},
-    'adamw': {'weight_decay': weight_decay},
+    'adamw': {'weight_decay': weight_decay, 'mask': _without_step_sizes},
     'sgd': {'momentum': momentum or None, 'nesterov': nesterov},
   }
   transforms = [optax.masked(optax.clip(clamp), _without_step_sizes)] if clamp else []
   if clip:
     transforms.append(optax.clip_by_global_norm(clip))
   if weight_decay and name != 'adamw':
-    transforms.append(optax.add_decayed_weights(weight_decay))
+    transforms.append(optax.add_decayed_weights(weight_decay, _without_step_sizes))
   return optax.chain(*transforms, _OPTIMIZERS[name](schedules[schedule](), **own[name]))
 
 
@@ -95,4 +96,5 @@ def _held(schedule, hold):
 
 def _without_step_sizes(params):
   """False at learned inner step sizes, True at all other parameters."""
-  return jax.tree.map_with_path(lambda path, _: path[:1] != (jax.tree_util.DictKey('inner_lr'),), params)
+  step_sizes = [(jax.tree_util.DictKey(key),) for key in ('inner_lr', 'log_inner_lr')]
+  return jax.tree.map_with_path(lambda path, _: path[:1] not in step_sizes, params)

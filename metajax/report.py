@@ -156,7 +156,7 @@ def _best_members(checkpoints, like, count):
 
 def _finite(values):
   if not np.isfinite(values['loss']).all():
-    raise UserError('the test diverged: a loss is not finite. Try a smaller config.eval.inner_lr or inner_steps')
+    raise UserError('the test diverged: a loss is not finite. Try a smaller config.eval.inner_lr, or fewer inner_steps')
   return values
 
 
@@ -185,8 +185,11 @@ def protocol(config):
 
 
 def inner_loop(config):
-  """The inner loop's settings in evaluation; None for those that the algorithm has not."""
-  return {name: _chosen(config, 'algorithm', name) for name in config_lib.OF_INNER_LOOP}
+  """The inner loop's settings in evaluation; None for those that the algorithm has not, 'learned' for step sizes."""
+  settings = {name: _chosen(config, 'algorithm', name) for name in config_lib.OF_INNER_LOOP}
+  if config.algorithm.get('learned_lr', 'no') != 'no':
+    settings['inner_lr'] = 'learned'
+  return settings
 
 
 def _chosen(config, group, name):

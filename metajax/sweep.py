@@ -215,10 +215,11 @@ def slurm_command(argv, cells):
 
 def finished(cell):
   """Whether a cell, whose folder `plan` found to be its own, is trained to its end and tested."""
-  folder = Path(cell.workdir)
-  if not (folder / 'test.json').exists():
+  folder, steps = Path(cell.workdir), cell.config.total_steps
+  # A test alone is no proof: one of an unfinished run may have been asked for.
+  if not (folder / 'test.json').exists() or not (folder / 'checkpoints' / str(steps)).is_dir():
     return False
-  return workdir_lib.read_config(folder).total_steps == cell.config.total_steps
+  return workdir_lib.read_config(folder).total_steps == steps
 
 
 def _become(cells, number):

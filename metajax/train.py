@@ -187,15 +187,18 @@ def train(config, experiment, workdir, checkpoints, stop):
     progress.say(f'training {workdir} from step {done}: {describe(state)}')
     if validate is None:
       progress.say('no validation split: the last checkpoint will be the one to test')
+    if (start := experiment.phases[-1].start) >= total:
+      progress.say(f'training ends before its last phase, which would begin after {start} meta-updates')
     if config.profile and done >= profile.last:
       progress.say(f'config.profile = {config.profile}: these meta-updates are done already and will not be traced')
     in_flight = InFlight(progress, writer, config.log_every)
     for step, local in batches:
-      phase = sum(later.start < step for later in experiment.phases[1:])
-      if phase and experiment.phases[phase].start == step - 1:
-        progress.say(f'meta-update {step}: the next phase of training begins, and is compiled first')
+      phase, start = sum(later.start < step for later in experiment.phases[1:]), time.perf_counter()
       try:
         state, metrics = profile.step(step, step_fns[phase], state, constants, local)
+        if phase and experiment.phases[phase].start == step - 1:
+          progress.pause(time.perf_counter() - start)
+          progress.say(f'meta-update {step} began the next phase of training, which was compiled first')
         in_flight.add(step, metrics, parallel.anywhere(stop.is_set()))
         evaluating = due(step, config.eval_every) or step == total
         if not (evaluating or due(step, config.checkpoint_every) or in_flight.stop):

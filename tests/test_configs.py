@@ -130,7 +130,7 @@ def test_config_takes_two_steps(name, tmp_path, monkeypatch):
     'mtm_protonet.py:data=tiered_imagenet,way=2,shot=5,method=spsa',
   ],
 )
-def test_recipes_of_task_weighting_are_complete_configs(string):
+def test_recipes_are_complete_configs(string):
   config = config_lib.load(f'{ROOT}/configs/{string}')
   way, shot = (int(re.search(rf'{k}=(\d+)', string + ',way=5,shot=1')[1]) for k in ('way', 'shot'))
   assert (config.data.way, config.data.shot) == (way, shot)
@@ -139,6 +139,22 @@ def test_recipes_of_task_weighting_are_complete_configs(string):
   config_lib.build(
     config, 'weighting', tasks=config.data.tasks, tx=None, num_classes=8, superclass_ids=np.zeros(8, np.int32)
   )
+
+
+@pytest.mark.parametrize('way', [5, 10])
+@pytest.mark.parametrize('shot', [1, 5, 10])
+@pytest.mark.parametrize(
+  ('drawings', 'tasks', 'inner_lr', 'learning_rate', 'tested'),
+  [(100, 25, 0.01, 1e-3, 2500), (20, 10, 0.005, 5e-4, 1000)],
+)
+def test_the_twelve_cells_of_quick_draw_are_the_published(way, shot, drawings, tasks, inner_lr, learning_rate, tested):
+  config = config_lib.load(f'{ROOT}/configs/quickdraw.py:way={way},shot={shot},drawings={drawings}')
+  data, algorithm = config.data, config.algorithm
+  assert (data.way, data.shot, data.query_shot, data.tasks) == (way, shot, shot, tasks)
+  assert (data.split, data.split_seed, data.per_class, data.train_per_class) == ('ffl', 123, 100, drawings)
+  assert (algorithm.inner_steps, algorithm.inner_lr, algorithm.first_order) == (5, inner_lr, False)
+  assert (config.optimizer.learning_rate, config.total_steps, config.model.width) == (learning_rate, 5000, 20)
+  assert config.eval.episodes == tested
 
 
 def test_prototypical_networks_step_sizes_by_epoch():

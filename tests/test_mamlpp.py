@@ -1,6 +1,7 @@
 """MAML++ and Meta-SGD: plain loops over inner steps with plain gradients, the published numbers, what is refused."""
 
 import functools
+import json
 
 import flax.linen as nn
 import jax
@@ -59,21 +60,28 @@ def learner(**settings):
 # The obviously right: one step after the other on the model itself, rows and step sizes picked by hand.
 
 
-def log_loss(params, examples):
-  logits, state = Normed().apply({'params': params}, examples.inputs, mutable=['batch_stats'])
+def log_loss(params, examples, statistics=None):
+  if statistics is None:
+    logits, state = Normed().apply({'params': params}, examples.inputs, mutable=['batch_stats'])
+  else:
+    logits, state = Normed().apply({'params': params, **statistics}, examples.inputs), statistics
   values = -jax.nn.log_softmax(logits)[jnp.arange(len(examples.targets)), examples.targets]
   return values.mean(), (values, state['batch_stats'])
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def plain_loop(params, episode, steps, first_order=False):
-  """The network after each step as queries see it, and what normalised the support set in it."""
+def plain_loop(params, episode, steps, first_order=False, statistics=None):
+  """The network after each step as queries see it, and what normalised the support set in it.
+
+  That is given in evaluation, {'batch_stats': rows}, where running averages have a row for each step.
+  """
   network, rates, states = params['network'], params['inner_lr'], []
   fast, networks = {name: network[name] for name in ('hidden', 'head')}, []
   for step in range(steps):
     row = min(step, STEPS - 1)
     norm = {'norm': {name: x[row] for name, x in network['norm'].items()}}
-    grads, (_, state) = jax.grad(log_loss, has_aux=True)({**fast, **norm}, episode.support)
+    given = statistics and jax.tree.map(lambda x, row=row: x[row], statistics)
+    grads, (_, state) = jax.grad(log_loss, has_aux=True)({**fast, **norm}, episode.support, given)
     if first_order:
       grads = jax.lax.stop_gradient(grads)
     fast = {
@@ -158,7 +166,7 @@ def test_gradients_are_those_of_the_plain_loop(multi_step, first_order, checkpoi
 
 
 @pytest.mark.parametrize('multi_step', [False, True])
-def test_running_averages_of_a_step_are_of_its_queries_or_of_its_support_set(multi_step):
+def test_running_averages_of_a_step_are_of_its_support_set_and_of_its_queries(multi_step):
   epochs = {'multi_step_epochs': 4} if multi_step else {}
   made, params, model_state, episode = learner(
     **PER_STEP, **epochs, batch_norm='running', per_step_statistics=True, batch_norm_momentum=0.7
@@ -167,17 +175,20 @@ def test_running_averages_of_a_step_are_of_its_queries_or_of_its_support_set(mul
   loss = made.phases[0].loss if multi_step else made.loss
   _, (after, _) = jax.jit(loss)(params, before, episode, None, jnp.int32(0))
   expected, in_support = plain_loop(params, episode, STEPS)
-  seen = [log_loss(network, episode.query)[1][1] for network in expected]
-  if not multi_step:
-    seen[0] = in_support[0]
-  seen = jax.tree.map(lambda *x: jnp.stack(x), *seen)
-  averages = jax.tree.map(lambda old, new: 0.7 * old + 0.3 * new, before['batch_stats'], seen)
-  assert_close(after, {'batch_stats': averages})
+  for step, network in enumerate(expected):
+    row = jax.tree.map(lambda x, step=step: x[step], before['batch_stats'])
+    in_query = log_loss(network, episode.query)[1][1]
+    for new in (in_support[step], *([in_query] if multi_step or step == 1 else [])):
+      row = jax.tree.map(lambda old, new: 0.7 * old + 0.3 * new, row, new)
+    assert_close(jax.tree.map(lambda x, step=step: x[step], after), {'batch_stats': row})
 
-  # In evaluation the queries after a step are normalised by its row.
+  # In evaluation the support set in a step and the queries after it are normalised by its row.
+  expected, _ = plain_loop(params, episode, STEPS, statistics=before)
   path, predict = jax.jit(made.trajectory)(params, before, episode.support, None), jax.jit(made.predict)
   for step, row in enumerate([0, 0, 1]):
     adapted = jax.tree.map(lambda x, step=step: x[step], path)
+    if step:
+      assert_close(adapted.params, expected[step - 1])
     assert_close(adapted.model_state, jax.tree.map(lambda x, row=row: x[row], before), rtol=0)
     outputs = predict(params, before, adapted, episode.query.inputs)
     assert_close(outputs, LOGITS({'params': adapted.params, **adapted.model_state}, episode.query.inputs))
@@ -253,8 +264,9 @@ def test_phases_have_the_order_and_the_steps_of_their_epochs(multi_step_epochs, 
 
 def test_training_passes_from_phase_to_phase_and_resumes_between_them_to_the_bit(cache, tmp_path):
   settings = (
-    *('--config.model.name=mlp', '--config.model.hidden=(4,)', '--config.eval.val_episodes=4', '--mode=train'),
-    *('--config.algorithm.name=mamlpp', '--config.algorithm.per_step_norm=False', '--config.algorithm.inner_steps=2'),
+    *('--config.model.width=2', '--config.eval.val_episodes=4', '--config.eval.inner_steps=2', '--mode=train'),
+    *('--config.algorithm.name=mamlpp', '--config.algorithm.inner_steps=2', '--config.algorithm.batch_norm=running'),
+    *('--config.algorithm.per_step_statistics=True',),
     *(
       '--config.algorithm.epoch=2',
       '--config.algorithm.multi_step_epochs=2',
@@ -277,17 +289,35 @@ def test_training_passes_from_phase_to_phase_and_resumes_between_them_to_the_bit
   both = [Checkpoints(tmp_path / name, read_only=True) for name in ('whole', 'halves')]
   whole, halves = (checkpoints.restore(6, like) for checkpoints in both)
   jax.tree.map(np.testing.assert_array_equal, whole, halves)
-  chosen = [checkpoints.validated_steps() for checkpoints in both]  # for an ensemble
+  chosen = [checkpoints.validated_steps() for checkpoints in both]  # for an ensemble; 3 is validated in any case
   assert chosen[0] == chosen[1] and set(chosen[0]) == {3, 6}
-  assert np.abs(whole.params['inner_lr']['head']['kernel'] - 0.1).min() > 1e-4  # in the checkpoint, and learned
+  learned = whole.params['inner_lr']  # in the checkpoint, of what the inner loop moves
+  assert np.abs(learned['head']['kernel'] - 0.1).min() > 1e-4 and learned['norm0'] == {'scale': None, 'bias': None}
+  assert (
+    whole.params['network']['norm0']['scale'].shape == (2, 2) == whole.model_state['batch_stats']['norm0']['var'].shape
+  )
+
+  # From there evaluation may take more inner steps.
+  folder = tmp_path / 'whole'
+  assert main.main(['', f'--workdir={folder}', '--mode=eval', '--config.eval.inner_steps=4']) == 0
+  result = json.loads((folder / 'test.json').read_text())
+  assert len(result['by_inner_step']['accuracy']) == 5 and result['batch_norm'] == 'running'
+  assert json.loads((folder / 'test_episodes.json').read_text())['inner_lr'] == 'learned'
 
 
 # Meta-SGD, and what a learner has by name.
 
 
+def test_logarithms_of_step_sizes_are_not_taken_for_step_sizes():
+  example = draw_episode(0).support.inputs
+  inits = [maml.make(Normed(), learned_lr='tensor', positive_lr=p).init for p in (False, True)]
+  params = [jax.eval_shape(init, jax.random.key(0), example)[0] for init in inits]
+  assert [set(p) for p in params] == [{'network', 'inner_lr'}, {'network', 'log_inner_lr'}]
+
+
 def test_meta_sgd_learns_a_step_size_for_every_weight():
   episode = draw_episode(0)
-  made = meta_sgd.make(Normed())
+  made = meta_sgd.make(Normed(), inner_steps=1, inner_lr=0.1)
   params, model_state = jax.jit(made.init)(jax.random.key(0), episode.support.inputs)
   shapes = [jax.tree.map(jnp.shape, params[name]) for name in ('network', 'inner_lr')]
   assert shapes[0] == shapes[1]
@@ -320,6 +350,7 @@ def test_step_sizes_and_rows_of_the_published_network(way):
     (dict(epoch=0), 'one meta-update at least'),
     (dict(per_step_statistics=True), "'transductive' does not read them"),
     (dict(learned_lr='layer'), "not 'layer'"),
+    (dict(learned_lr='tensor', inner_lr_range=('a', 'b')), 'low, high'),
   ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):
@@ -333,6 +364,7 @@ def test_settings_that_do_not_go_together_are_refused(settings, message):
     (mlp.make(WAY), dict(per_step_norm=True, adapt_norm=False), 'no normalisation layers'),
     (Normed(), dict(per_step_norm=True), 'no normalisation layers whose parameters the inner loop leaves alone'),
     (mlp.make(WAY), dict(per_step_statistics=True, batch_norm='running'), 'the model keeps none'),
+    (Normed(), dict(inner_params=('norm',), adapt_norm=False), 'would move nothing'),
     (Normed(), dict(inner_steps=0, multi_step_epochs=1), 'inner_steps = 0'),
   ],
 )

@@ -51,6 +51,9 @@ def leave(arguments, values=None, ensemble=None):
     result |= {'ensemble_accuracy': ensemble[0], 'ensemble_accuracy_ci95': ensemble[1]}
   (folder / 'test_episodes.json').write_text(json.dumps(each))
   (folder / 'test.json').write_text(json.dumps(result))
+  score = folder / 'checkpoints' / str(given.total_steps) / 'metrics' / 'metrics'
+  score.parent.mkdir(parents=True, exist_ok=True)
+  score.write_text(json.dumps({'score': 0.5}))
   return given
 
 
@@ -191,6 +194,14 @@ def test_a_folder_of_another_run_is_found_before_the_first_cell(started, capsys)
   error = capsys.readouterr().err
   assert 'cell shot=2,seed=1: ' in error and 'made with another config: model.width differs' in error
   assert not started
+
+
+def test_a_test_of_an_unfinished_cell_does_not_finish_it(started):
+  cell = cells_of(*GRID)[0]
+  leave(cell.arguments)
+  assert sweep.finished(cell)
+  (Path(cell.workdir) / 'checkpoints' / str(cell.config.total_steps)).rename(Path(cell.workdir) / 'checkpoints' / '1')
+  assert not sweep.finished(cell)
 
 
 def test_finished_cells_are_skipped_and_others_run(started, capsys):

@@ -57,7 +57,8 @@ def make(
     inner_lr_range: (low, high) to draw the initial step sizes from, uniformly, in place of `inner_lr`.
     positive_lr: learn the logarithms of step sizes, so that none becomes zero or negative.
     first_order: leave out second derivatives (FOMAML, section 5.2).
-    first_order_epochs: leave them out in so many epochs at the beginning (MAML++, derivative-order annealing).
+    first_order_epochs: leave them out in so many epochs at the beginning (MAML++, derivative-order annealing; one more
+      than the number in the authors' configs).
     multi_step_epochs: in so many epochs at the beginning, queries count after every inner step, weighted by
       `importance` (MAML++, multi-step loss).
     epoch: meta-updates of one.
@@ -65,19 +66,19 @@ def make(
     adapt_norm: whether it moves those of normalisation layers too, see `networks.is_norm`.
     per_step_norm: those that it does not move have a value for each inner step (MAML++); queries after a step see the
       one that its support set saw.
-    per_step_statistics: so have running averages: those of a step are of the queries after it, or of the support set
-      in it where the loss does not ask for these queries.
-    batch_norm: statistics that normalise queries; the support set always uses its own. 'transductive': those of the
-      query batch, so queries see one another (the practice of the paper's code). 'support': those of the support set
-      under the fast weights. 'running': the query batch's in training, their running average in evaluation. The last
-      two need layers that keep a batch's statistics as they are and use given ones when 'batch_stats' is not
-      mutable, such as `models.layers.BatchNorm`; Flax's own BatchNorm serves 'transductive' alone.
+    per_step_statistics: so have running averages (MAML++), of the support set in a step and then of the queries after
+      it, where the loss asks for these; in evaluation they normalise the support sets too.
+    batch_norm: statistics that normalise queries; the support set has its own, but see above. 'transductive': those
+      of the query batch, so queries see one another (the practice of the paper's code). 'support': those of the
+      support set under the fast weights. 'running': the query batch's in training, their running average in
+      evaluation. The last two need layers that keep a batch's statistics as they are and use given ones when
+      'batch_stats' is not mutable, such as `models.layers.BatchNorm`; Flax's own BatchNorm serves 'transductive' alone.
     batch_norm_momentum: how much of the running average stays at each meta-update.
     checkpoint: trade time for memory in the backward pass, see `inner_loop.sgd`.
 
   Returns:
-    Algorithm, whose params are the model's, or with learned step sizes {'network': the model's, 'inner_lr': step
-    sizes}. What has a value for each step has a leading axis of inner_steps.
+    Algorithm, whose params are the model's, or with learned step sizes {'network': the model's, 'inner_lr' or
+    'log_inner_lr': step sizes}. What has a value for each step has a leading axis of inner_steps.
 
   Raises:
     UserError: settings that are out of range or do not go together; by `init`, such as do not suit the model.
@@ -93,26 +94,33 @@ def make(
   if per_step_statistics and batch_norm != 'running':
     raise UserError(f"per_step_statistics are for batch_norm 'running': {batch_norm!r} does not read them")
   step_sizes = inner_loop.step_sizes(learned_lr, inner_lr, inner_lr_range, positive_lr)
+  learned = learned_lr != 'no'
+  rates_key = 'log_inner_lr' if positive_lr else 'inner_lr'  # so that neither is taken for the other
 
   def init(rng, inputs):
-    if inner_steps < 1 and (multi_step_epochs or per_step_norm or per_step_statistics or learned_lr == 'tensor_step'):
-      raise UserError('inner_steps = 0, but a setting asks for something in each step')
+    if inner_steps < 1 and (multi_step_epochs or per_step_norm or per_step_statistics or learned):
+      raise UserError('inner_steps = 0, but another setting of the algorithm is about inner steps')
     rng_model, rng_rates = jax.random.split(rng) if inner_lr_range else (rng, rng)
     model_state = dict(model.init(rng_model, inputs))
     params = model_state.pop('params')
     if unknown := set(inner_params) - set(params):
       raise UserError(f'inner_params {sorted(unknown)} are not in the model, which has {sorted(params)}')
     fast, rows, rest = divide(params)
+    if inner_steps and not jax.tree.leaves(fast):
+      raise UserError(f'inner_params = {inner_params}, adapt_norm = {adapt_norm}: the inner loop would move nothing')
     if per_step_norm:
       if not jax.tree.leaves(rows):
-        raise UserError('per_step_norm: there are no normalisation layers whose parameters the inner loop leaves alone')
+        raise UserError(
+          'per_step_norm: the model has no normalisation layers whose parameters the inner loop leaves alone; set '
+          'config.algorithm.per_step_norm=False, or adapt_norm=False'
+        )
       params = _merged(fast, _repeated(rows, inner_steps), rest)
     if per_step_statistics:
       if 'batch_stats' not in model_state:
-        raise UserError('per_step_statistics: the model keeps none')
+        raise UserError('per_step_statistics: the model keeps none; set config.algorithm.per_step_statistics=False')
       model_state['batch_stats'] = _repeated(model_state['batch_stats'], inner_steps)
-    if learned_lr != 'no':
-      params = {'network': params, 'inner_lr': step_sizes.init(rng_rates, fast, inner_steps)}
+    if learned:
+      params = {'network': params, rates_key: step_sizes.init(rng_rates, fast, inner_steps)}
     return params, model_state
 
   def divide(params):
@@ -131,7 +139,7 @@ def make(
 
   def unfold(params, model_state):
     """Fast weights; tables of what has a row for each step; what makes an Adapted of the first and a row."""
-    fast, rows, rest = divide(params['network'] if learned_lr != 'no' else params)
+    fast, rows, rest = divide(params['network'] if learned else params)
     statistics = {'batch_stats': model_state['batch_stats']} if per_step_statistics else {}
 
     def whole(fast, row):
@@ -139,17 +147,18 @@ def make(
 
     return fast, (rows, statistics), whole
 
-  def descend(params, model_state, support, rng, **options):
-    """The inner loop: what `inner_loop.sgd` returns, after the table rows of its steps."""
+  def descend(params, model_state, support, rng, *, training, **options):
+    """The inner loop: what `inner_loop.sgd` returns; in training it keeps what normalised each step's support set."""
     fast, tables, whole = unfold(params, model_state)
     rows = inner_loop.rows(tables, np.arange(inner_steps))
-    rates, rate = step_sizes.of_steps(params['inner_lr'] if learned_lr != 'no' else None, inner_steps)
+    rates, rate = step_sizes.of_steps(params[rates_key] if learned else None, inner_steps)
+
+    normalise = networks.by_batch if training or not per_step_statistics else networks.by_state
 
     def support_loss(fast, step):
       _, row = step
-      outputs, state = networks.by_batch(
-        model, *whole(fast, row), support.inputs, rng
-      )  # one dropout mask for all steps
+      # One dropout mask for all steps.
+      outputs, state = normalise(model, *whole(fast, row), support.inputs, rng)
       kept = {'batch_stats': state['batch_stats']} if per_step_statistics else {}
       return jnp.mean(objective.losses(outputs, support.targets)), kept
 
@@ -164,13 +173,15 @@ def make(
   def adapt(params, model_state, support, rng):
     del rng  # of dropout, which is for training
     _, tables, whole = unfold(params, model_state)
-    fast, _ = descend(params, model_state, support, None, first_order=first_order, checkpoint=checkpoint)
+    fast, _ = descend(
+      params, model_state, support, None, training=False, first_order=first_order, checkpoint=checkpoint
+    )
     return finished(whole(fast, inner_loop.rows(tables, inner_steps - 1)), support)
 
   def trajectory(params, model_state, support, rng):
     del rng
     fast, tables, whole = unfold(params, model_state)
-    _, _, path = descend(params, model_state, support, None, first_order=True, path=True)
+    _, _, path = descend(params, model_state, support, None, training=False, first_order=True, path=True)
     rows = inner_loop.rows(tables, np.arange(-1, inner_steps))
     return jax.vmap(lambda fast, row: finished(whole(fast, row), support))(inner_loop.prepend(fast, path), rows)
 
@@ -187,33 +198,39 @@ def make(
 
     def query(fast, row):
       normalise = networks.by_state if batch_norm == 'support' else networks.by_batch
-      return normalise(
-        model, *finished(whole(fast, row), episode.support, rng_support), episode.query.inputs, rng_query
-      )
+      adapted = finished(whole(fast, row), episode.support, rng_support)
+      return normalise(model, *adapted, episode.query.inputs, rng_query)
 
-    fast, statistics, *path = descend(
-      params, model_state, episode.support, rng_support, first_order=first_order, checkpoint=checkpoint, path=multi_step
-    )
+    options = {'first_order': first_order, 'checkpoint': checkpoint, 'path': multi_step}
+    fast, of_support, *path = descend(params, model_state, episode.support, rng_support, training=True, **options)
     if multi_step:
       rows = inner_loop.rows(tables, np.arange(inner_steps))
-      outputs, states = jax.lax.map(lambda x: query(*x), (*path, rows))
+      after_step = jax.checkpoint(query, prevent_cse=False) if checkpoint else query
+      outputs, states = jax.lax.map(lambda step: after_step(*step), (*path, rows))
       weights = importance(step // epoch, inner_steps, multi_step_epochs)
       each = jax.vmap(objective.losses, (0, None))(outputs, targets)
       values = jnp.matmul(weights, each, precision='highest')
-      outputs, state, statistics = outputs[-1], jax.tree.map(lambda x: x[-1], states), states
+      outputs, state = outputs[-1], jax.tree.map(lambda x: x[-1], states)
     else:
       outputs, state = query(fast, inner_loop.rows(tables, inner_steps - 1))
       weights, values = jax.nn.one_hot(inner_steps - 1, inner_steps), objective.losses(outputs, targets)
-      statistics = jax.tree.map(lambda rows, last: rows.at[-1].set(last), statistics, {k: state[k] for k in statistics})
 
+    momentum = batch_norm_momentum if batch_norm == 'running' else 1.0
     if per_step_statistics:
-      state = {**state, 'batch_stats': statistics['batch_stats']}
-    model_state = networks.updated(model_state, state, batch_norm_momentum if batch_norm == 'running' else 1.0)
+      averages = networks.averaged(model_state['batch_stats'], of_support['batch_stats'], momentum)
+      if multi_step:
+        averages = networks.averaged(averages, states['batch_stats'], momentum)
+      else:
+        last = networks.averaged(inner_loop.rows(averages, inner_steps - 1), state['batch_stats'], momentum)
+        averages = jax.tree.map(lambda rows, row: rows.at[-1].set(row), averages, last)
+      model_state = {**networks.updated(model_state, state), 'batch_stats': averages}
+    else:
+      model_state = networks.updated(model_state, state, momentum)
     metrics = objective.metrics(outputs, targets)
     if multi_step_epochs:
       metrics['loss_importance'] = weights
-    if learned_lr != 'no':
-      metrics |= step_sizes.metrics(params['inner_lr'])
+    if learned:
+      metrics |= step_sizes.metrics(params[rates_key])
     return values, (model_state, metrics)
 
   first_order_end, multi_step_end = first_order_epochs * epoch, multi_step_epochs * epoch

@@ -5,9 +5,9 @@
 | multi-step loss optimisation (MSL) | `multi_step_epochs` |
 | derivative-order annealing (DA) | `first_order_epochs`; 0 in the authors' last code, so here |
 | per-step batch normalisation weights (BNWB) | `adapt_norm=False, per_step_norm=True` |
-| per-step statistics (BNRS) | `batch_norm='running', per_step_statistics=True`; the authors' code never reads any |
+| per-step statistics (BNRS) | `batch_norm='running', per_step_statistics=True`; the authors' code reads none |
 | learned step sizes per layer and step (LSLR) | `learned_lr='tensor_step'` |
-| cosine annealing (CA) | `optimizer.schedule`, see `configs/mamlpp_omniglot.py` |
+| cosine annealing (CA) | `optimizer.schedule`, see `configs/mamlpp.py` |
 """
 
 import functools
@@ -15,5 +15,5 @@ import functools
 from metajax.algorithms import maml
 
 make = functools.partial(
-  maml.make, inner_lr=0.1, learned_lr='tensor_step', multi_step_epochs=10, adapt_norm=False, per_step_norm=True
+  maml.make, learned_lr='tensor_step', multi_step_epochs=10, adapt_norm=False, per_step_norm=True
 )

@@ -39,7 +39,8 @@ def load(
       100, for either split: what deals the classes then draws from each class without replacement, in the order
       train, val, test of their split. Of a class that has no more, all are taken. Of what TFDS has prepared, which is
       shuffled, the first are taken instead, and a warning says so.
-    train_per_class: so many of them for training classes alone; 0 takes all. They are the first of those drawn.
+    train_per_class: so many of them for training classes alone; 0 takes all. They are the first of those drawn, where
+      Fast Forward Labs drew anew.
     resample: Pillow's filter for another size.
 
   Returns:
@@ -53,6 +54,10 @@ def load(
   for name, number in (('per_class', per_class), ('train_per_class', train_per_class)):
     if number < 0:
       raise UserError(f'{name} = {number}: drawings of each class, or 0 for all')
+  if train_per_class > per_class > 0:
+    raise UserError(
+      f'train_per_class = {train_per_class}: there are only per_class = {per_class} drawings of each class'
+    )
   if not 0 <= split_seed < 2**32:
     raise UserError(f'split_seed = {split_seed}: seeds are from 0 to {2**32 - 1}')
   tables = source.load(dataset(split, split_seed, per_class), data_dir, images.Rendering(size, 'L', resample))
