@@ -85,6 +85,14 @@ def test_clamp_bounds_each_entry_before_clip_and_leaves_inner_step_sizes_alone()
       np.testing.assert_allclose(steps[group][name], -factor * clamped[group][name], rtol=1e-6)
 
 
+@pytest.mark.parametrize('name', ['sgd', 'adamw'])
+def test_weight_decay_leaves_inner_step_sizes_alone(name):
+  params = {'network': jnp.array([2.0]), 'inner_lr': jnp.array([3.0]), 'log_inner_lr': jnp.array([-4.0])}
+  tx = optimizers.make(1, name=name, learning_rate=1.0, weight_decay=0.1)
+  steps, _ = tx.update({key: jnp.zeros(1) for key in params}, tx.init(params), params)
+  assert {key: round(float(x[0]), 6) for key, x in steps.items()} == {'network': -0.2, 'inner_lr': 0, 'log_inner_lr': 0}
+
+
 @pytest.mark.parametrize(
   ('settings', 'text'),
   [
