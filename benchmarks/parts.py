@@ -12,7 +12,7 @@ from benchmarks import workload
 PARTS = {
   'maml': {},
   'multi_step': {'multi_step_epochs': 1},
-  'first_order': {'first_order': True},
+  'first_order': {'order': 1},
   'per_step_norm': {'per_step_norm': True},
   'lslr': {'learned_lr': 'tensor_step'},
   'mamlpp': {'multi_step_epochs': 1, 'per_step_norm': True, 'learned_lr': 'tensor_step'},
