@@ -147,12 +147,11 @@ def make(
 
     return fast, (rows, statistics), whole
 
-  def descend(params, model_state, support, rng, *, training, **options):
+  def descend(params, unfolded, support, rng, *, training, **options):
     """The inner loop: what `inner_loop.sgd` returns; in training it keeps what normalised each step's support set."""
-    fast, tables, whole = unfold(params, model_state)
+    fast, tables, whole = unfolded
     rows = inner_loop.rows(tables, np.arange(inner_steps))
     rates, rate = step_sizes.of_steps(params[rates_key] if learned else None, inner_steps)
-
     normalise = networks.by_batch if training or not per_step_statistics else networks.by_state
 
     def support_loss(fast, step):
@@ -172,16 +171,14 @@ def make(
 
   def adapt(params, model_state, support, rng):
     del rng  # of dropout, which is for training
-    _, tables, whole = unfold(params, model_state)
-    fast, _ = descend(
-      params, model_state, support, None, training=False, first_order=first_order, checkpoint=checkpoint
-    )
+    _, tables, whole = unfolded = unfold(params, model_state)
+    fast, _ = descend(params, unfolded, support, None, training=False, first_order=first_order, checkpoint=checkpoint)
     return finished(whole(fast, inner_loop.rows(tables, inner_steps - 1)), support)
 
   def trajectory(params, model_state, support, rng):
     del rng
-    fast, tables, whole = unfold(params, model_state)
-    _, _, path = descend(params, model_state, support, None, training=False, first_order=True, path=True)
+    fast, tables, whole = unfolded = unfold(params, model_state)
+    _, _, path = descend(params, unfolded, support, None, training=False, first_order=True, path=True)
     rows = inner_loop.rows(tables, np.arange(-1, inner_steps))
     return jax.vmap(lambda fast, row: finished(whole(fast, row), support))(inner_loop.prepend(fast, path), rows)
 
@@ -193,7 +190,7 @@ def make(
   def loss(params, model_state, episode, rng, step=None, *, first_order=first_order, multi_step=False):
     """The loss of a task, with `multi_step` after `step` meta-updates."""
     rng_support, rng_query = networks.split(rng)
-    _, tables, whole = unfold(params, model_state)
+    _, tables, whole = unfolded = unfold(params, model_state)
     targets = episode.query.targets
 
     def query(fast, row):
@@ -202,7 +199,7 @@ def make(
       return normalise(model, *adapted, episode.query.inputs, rng_query)
 
     options = {'first_order': first_order, 'checkpoint': checkpoint, 'path': multi_step}
-    fast, of_support, *path = descend(params, model_state, episode.support, rng_support, training=True, **options)
+    fast, of_support, *path = descend(params, unfolded, episode.support, rng_support, training=True, **options)
     if multi_step:
       rows = inner_loop.rows(tables, np.arange(inner_steps))
       after_step = jax.checkpoint(query, prevent_cse=False) if checkpoint else query
