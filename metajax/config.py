@@ -39,6 +39,7 @@ _DATA = dict(
   query_shot=REQUIRED,
   tasks=REQUIRED,  # in a meta-batch
   group=1,  # episodes that make up one task of the meta-batch
+  batch=0,  # images of all training classes that make up one task, in place of an episode; 0 for episodes
   placement='auto',  # of the image table: 'device', 'host', or by its size
   augment=(),  # what is done to the images of the train split, in this order: see `metajax.data.augment`
   normalize='none',  # a name in `augment.NORMALIZE`, for every split

@@ -34,7 +34,7 @@ _COUNTS = (
   *('total_steps', 'data.tasks', 'data.group', 'data.shot', 'data.query_shot'),
   *('eval.episodes', 'eval.val_episodes'),
 )
-_COUNTS_OR_ZERO = ('seed', 'eval.seed', 'eval.ensemble', 'log_every', 'eval_every', 'checkpoint_every')
+_COUNTS_OR_ZERO = ('seed', 'data.batch', 'eval.seed', 'eval.ensemble', 'log_every', 'eval_every', 'checkpoint_every')
 
 
 def make(config, data_dir, needed=('train', 'test')):
@@ -58,8 +58,7 @@ def make(config, data_dir, needed=('train', 'test')):
   targets = shapes.query.targets
   regression = jnp.issubdtype(targets.dtype, jnp.floating)
   objective = losses.REGRESSION if regression else losses.CLASSIFICATION
-  outputs = targets.shape[-1] if regression else config.data.way
-  model = config_lib.build(config, 'model', outputs)
+  model = config_lib.build(config, 'model', targets.shape[-1] if regression else config.data.way)
   for_evaluation = {k: config.eval[k] for k in config_lib.OF_INNER_LOOP if config.eval[k] is not None}
   for name in for_evaluation:
     if name not in config.algorithm:
@@ -67,11 +66,21 @@ def make(config, data_dir, needed=('train', 'test')):
   if config.eval.inner_lr is not None and config.algorithm.get('learned_lr', 'no') != 'no':
     raise UserError('config.eval.inner_lr: step sizes are learned, and evaluation has no others')
   way = config.data.way if config.eval.way is None else config.eval.way
-  algorithm = config_lib.build(config, 'algorithm', model, objective=objective, way=config.data.way)
-  evaluation = config_lib.build(config, 'algorithm', model, objective=objective, way=way, **for_evaluation)
+  classes = sources['train'].num_classes
+  supplied = {'objective': objective, 'num_classes': classes}
+  algorithm = config_lib.build(
+    config, 'algorithm', model, way=classes if config.data.batch else config.data.way, **supplied
+  )
+  evaluation = config_lib.build(config, 'algorithm', model, way=way, **supplied, **for_evaluation)
   example = np.zeros(shapes.support.inputs.shape[1:], np.float32)
   if not regression and way > config.data.way:
     check_outputs(evaluation._replace(init=algorithm.init), shapes.support, example, way)
+  if not algorithm.episodic:
+    sources['train'] = make_source(config, splits['train'], 'train', merged=True)
+  elif config.data.batch:
+    raise UserError(
+      f'config.data.batch = {config.data.batch}: {config.algorithm.name} learns from episodes; set it to 0'
+    )
   tx = config_lib.call(optimizers.make, config, 'optimizer', config.total_steps)
   sources['train'] = episodes.grouped(sources['train'], config.data.group)
   return Experiment(
@@ -135,20 +144,27 @@ def make_phases(algorithm, group):
 
 
 def make_sources(config, splits):
-  """Episodes of every split; those of validation and test are of evaluation's way and shot, and have its seed."""
-  sources = {}
-  for split, data in splits.items():
-    training = split == 'train'
-    sizes = {k: config.data[k] for k in ('way', 'shot', 'query_shot')}
-    if not training:
-      sizes.update({k: config.eval[k] for k in sizes if config.eval[k] is not None})
-    sources[split] = episodes.make_source(
-      data,
-      split,
-      **sizes,
-      seed=config.seed if training else config.eval.seed,
-      placement=config.data.placement,
-      augment=(config.data if training else config.eval).augment,
-      normalize=config.data.normalize,
-    )
-  return sources
+  """Episodes of every split."""
+  return {split: make_source(config, data, split) for split, data in splits.items()}
+
+
+def make_source(config, data, split, *, merged=False):
+  """Episodes of a split; those of validation and test are of evaluation's way and shot, and have its seed.
+
+  If `merged` there is no support set, see `episodes.make_source`, or there are batches in place of episodes.
+  """
+  training = split == 'train'
+  sizes = {k: config.data[k] for k in ('way', 'shot', 'query_shot')}
+  if not training:
+    sizes.update({k: config.eval[k] for k in sizes if config.eval[k] is not None})
+  return episodes.make_source(
+    data,
+    split,
+    **sizes,
+    merged=merged,
+    batch=config.data.batch if merged else 0,
+    seed=config.seed if training else config.eval.seed,
+    placement=config.data.placement,
+    augment=(config.data if training else config.eval).augment,
+    normalize=config.data.normalize,
+  )

@@ -6,6 +6,7 @@ A network (see `models.layers`) decides both by what it is given: here is the on
 import jax
 
 from metajax.errors import UserError
+from metajax.types import Embedding
 
 BATCH_NORM_MODES = ('transductive', 'support', 'running')
 
@@ -29,6 +30,49 @@ def by_batch(model, params, model_state, inputs, rng=None):
 def by_state(model, params, model_state, inputs, rng=None):
   """Normalises by the statistics in `model_state`, with dropout if there is a key; returns outputs and that state."""
   return model.apply({'params': params, **model_state}, inputs, rngs=_rngs(rng)), model_state
+
+
+def embedding(model, batch_norm, network):
+  """The Embedding of a network: its features, normalised as `batch_norm` says.
+
+  Args:
+    model: a Flax module, inputs (n, ...) -> features (n, d).
+    batch_norm: 'running': by running averages; 'transductive': support and query images by their own statistics each;
+      'support': both by those of the support images.
+    network: (params, model_state) -> the network's weights.
+  """
+
+  def support(params, model_state, inputs):
+    normalise = by_state if batch_norm == 'running' else by_batch
+    return normalise(model, network(params, model_state), model_state, inputs)
+
+  def query(params, model_state, inputs):
+    normalise = by_batch if batch_norm == 'transductive' else by_state
+    return normalise(model, network(params, model_state), model_state, inputs)[0]
+
+  return Embedding(support, query)
+
+
+def without_head(model):
+  """A model that returns features; None of one that has no such form."""
+  return model.clone(num_outputs=None) if hasattr(model, 'num_outputs') else None
+
+
+def adopt(params, model_state, network, statistics):
+  """Puts a network without its head, and its running statistics, in place of those of a learner (`Algorithm.adopt`).
+
+  Args:
+    params: with the network under 'embedding', or with its head under 'network' or as they are.
+    model_state: as it is but for the statistics.
+    network, statistics: to take their place.
+  """
+  if 'embedding' in params:
+    params = {**params, 'embedding': network}
+  elif 'network' in params:
+    params = {**params, 'network': {**network, 'head': params['network']['head']}}
+  else:
+    params = {**network, 'head': params['head']}
+  return params, {**model_state, **statistics}
 
 
 def split(rng):

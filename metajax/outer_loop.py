@@ -25,14 +25,14 @@ def gradient(loss, params, model_state, episodes, local, rng, *, tasks, coeffici
 
   Returns:
     the gradient, like `params`; with `trials` each leaf has a leading axis of 1 + n.
-    model_state: the tasks' mean.
+    model_state: the tasks' mean, without what is 'frozen'.
     losses: (tasks, query), or (tasks, 1) of a learner that has one loss a task.
     metrics: leaves (tasks, ...).
   """
 
   def outer_loss(params, coefficients, episode, rng):
     losses, (model_state, metrics) = loss(params, model_state_before, episode, rng)
-    losses = losses.reshape(-1)
+    losses, model_state = losses.reshape(-1), changing(model_state)
     if jnp.ndim(coefficients) and coefficients.shape != losses.shape:
       raise UserError('config.weighting weights single queries, but the algorithm has one loss for a task')
     return jnp.mean(coefficients * losses), (losses, model_state, metrics)
@@ -57,8 +57,14 @@ def gradient(loss, params, model_state, episodes, local, rng, *, tasks, coeffici
     return (grads, jax.tree.map(average, model_state)), (losses, metrics)
 
   like = params if trials is None else jax.tree.map(lambda p: jnp.stack([p] * (1 + len(trials))), params)
-  (grads, model_state), (losses, metrics) = parallel.mean_over_tasks(of_chunk, (like, model_state), local, tasks)
+  like = like, changing(model_state)
+  (grads, model_state), (losses, metrics) = parallel.mean_over_tasks(of_chunk, like, local, tasks)
   return grads, model_state, losses, metrics
+
+
+def changing(model_state):
+  """What of it is not 'frozen': not to be averaged, so that it stays as it is to the bit."""
+  return {name: x for name, x in model_state.items() if name != 'frozen'}
 
 
 def trial_losses(loss, tx, opt_state, params, model_state, grads, episodes, local, rng, *, tasks):

@@ -73,7 +73,7 @@ def train_step(state, constants, local, *, experiment, tasks, phase=0):
   state = TrainState(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
-    model_state=model_state,
+    model_state={**state.model_state, **model_state},
     opt_state=opt_state,
     weighting=weights,
   )
@@ -156,7 +156,7 @@ def train(config, experiment, workdir, checkpoints, stop):
   if steps:
     state = processes.arrays_from_first(restore, state)
   elif config.init_from:
-    state = start_from(config.init_from, state)
+    state = start_from(config.init_from, state, experiment.algorithm.adopt)
   processes.on_first(workdir_lib.keep_config, workdir, config)
   state = parallel.replicate(state)
   done, total, tasks = int(state.step), config.total_steps, config.data.tasks
@@ -223,12 +223,16 @@ def train(config, experiment, workdir, checkpoints, stop):
         return
 
 
-def start_from(workdir, state):
+def start_from(workdir, state, adopt=None):
   """The state with the best weights of another run; optimiser and task weighting stay as they are.
+
+  Where the other run's learner keeps its network apart ('embedding') and is of another kind than this one, the network
+  and its running averages are taken, without whatever else was learned.
 
   Args:
     workdir: of that run; it is only read.
     state: of this run, before the first meta-update.
+    adopt: of its algorithm.
 
   Raises:
     UserError: there are no weights, or they are not those of this run's network.
@@ -240,7 +244,12 @@ def start_from(workdir, state):
     with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
       if not (steps := checkpoints.steps()):
         raise UserError(f'config.init_from: there is no trained run in {workdir}')
-      found = dict(zip(like, checkpoints.best_weights(), strict=True))
+      params, model_state = checkpoints.best_weights()
+    found, part = {'params': params, 'model_state': model_state}, ''
+    if adopt and 'embedding' in params and mismatches(found, like):
+      statistics = {name: x for name, x in model_state.items() if name == 'batch_stats'}
+      params, model_state = adopt(*like.values(), params['embedding'], statistics)
+      found, part = {'params': params, 'model_state': model_state}, ', its network'
     if differing := mismatches(found, like):
       more = f'; and {len(differing) - 8} more' if len(differing) > 8 else ''
       raise UserError(
@@ -249,7 +258,7 @@ def start_from(workdir, state):
       )
     step, total = steps[0], workdir_lib.read_config(workdir).total_steps
     unfinished = f', which is at step {step} of {total}: it is not trained to its end' if step < total else ''
-    print(f'initial weights: the best of {workdir}{unfinished}')
+    print(f'initial weights: the best of {workdir}{part}{unfinished}')
     return jax.tree.map(lambda x, like: np.asarray(x, like.dtype), found, like)
 
   return state._replace(**processes.arrays_from_first(read, like))

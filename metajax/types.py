@@ -29,11 +29,19 @@ class Phase(NamedTuple):
   loss: Callable  # (params, model_state, episode, rng, step): `Algorithm.loss` after so many meta-updates, () int32
 
 
+class Embedding(NamedTuple):
+  """How a learner turns a task's images into features (n, d)."""
+
+  support: Callable  # (params, model_state, inputs) -> features, the model_state that its queries need
+  query: Callable  # (params, that model_state, inputs) -> features
+
+
 class Algorithm(NamedTuple):
   """A few-shot learner: pure functions over ONE task, to be mapped over tasks by the caller.
 
-  `params` is whatever the outer loop learns, `model_state` its running statistics (`{}` for most models), `adapted`
-  what a task leaves behind (fast weights, prototypes): only `predict` looks inside.
+  `params` is whatever the outer loop learns, `model_state` its running statistics (`{}` for most models) and, under
+  'frozen', weights that nothing changes; `adapted` is what a task leaves behind (fast weights, prototypes): only
+  `predict` looks inside.
   """
 
   init: Callable  # (rng, inputs) -> params, model_state
@@ -48,6 +56,14 @@ class Algorithm(NamedTuple):
   group_loss: Callable | None = None
   # What training takes in place of `loss`, if it changes with time: the first starts at 0, the others follow in order.
   phases: tuple[Phase, ...] = ()
+  # Its network without the head, for a head of another kind; None where there is no such thing.
+  embedding: Embedding | None = None
+  # (params, model_state, network, statistics) -> the first two, begun with another run's network without its head,
+  # and its running statistics. None where a run can only begin with weights of its own kind.
+  adopt: Callable | None = None
+  # Whether `loss` needs a support set. If not, training's episodes have all of their images in the query set, or are
+  # batches of all classes.
+  episodic: bool = True
 
 
 class TaskWeighting(NamedTuple):

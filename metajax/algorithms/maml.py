@@ -238,7 +238,20 @@ def make(
     )
     for start in sorted({0, first_order_end, multi_step_end})
   )
-  return Algorithm(init, adapt, predict, loss, trajectory, phases=phases if len(phases) > 1 else ())
+  features, by_step = networks.without_head(model), per_step_norm or per_step_statistics
+  return Algorithm(
+    init,
+    adapt,
+    predict,
+    loss,
+    trajectory,
+    phases=phases if len(phases) > 1 else (),
+    # There is no one network where each step has parts of its own.
+    embedding=None
+    if features is None or by_step
+    else networks.embedding(features, batch_norm, lambda params, _: params['network'] if learned else params),
+    adopt=None if features is None else networks.adopt,
+  )
 
 
 def importance(epoch, steps, epochs):

@@ -50,10 +50,11 @@ def make(
   networks.check_batch_norm(batch_norm)
   if objective is not losses.CLASSIFICATION:
     raise UserError('protonet needs classes: regression has none')
-  embedding = model.clone(num_outputs=None) if hasattr(model, 'num_outputs') else model
+  model = networks.without_head(model) or model
+  embedding = networks.embedding(model, batch_norm, lambda params, _: params['embedding'])
 
   def init(rng, inputs):
-    embedded, model_state = embedding.init_with_output(rng, inputs)
+    embedded, model_state = model.init_with_output(rng, inputs)
     model_state = dict(model_state)
     params = {'embedding': model_state.pop('params', {})}
     if learn_scale:
@@ -66,15 +67,12 @@ def make(
 
   def adapt(params, model_state, support, rng):
     del rng  # of dropout, which is for training
-    normalise = networks.by_state if batch_norm == 'running' else networks.by_batch
-    embedded, model_state = normalise(embedding, params['embedding'], model_state, support.inputs)
+    embedded, model_state = embedding.support(params, model_state, support.inputs)
     return Adapted(prototypes(embedded, support.targets, way), model_state)
 
   def predict(params, model_state, adapted, inputs):
     del model_state
-    normalise = networks.by_batch if batch_norm == 'transductive' else networks.by_state
-    embedded, _ = normalise(embedding, params['embedding'], adapted.model_state, inputs)
-    return logits(params, adapted.prototypes, embedded)
+    return logits(params, adapted.prototypes, embedding.query(params, adapted.model_state, inputs))
 
   def group_loss(params, model_state, episodes, rng):
     group = len(episodes.class_ids)
@@ -83,7 +81,7 @@ def make(
     def embed(normalise, model_state, inputs, rng):
       """Embeds the images of all episodes in one pass: (group, n, d)."""
       images = inputs.reshape(-1, *inputs.shape[2:])
-      embedded, state = normalise(embedding, params['embedding'], model_state, images, rng)
+      embedded, state = normalise(model, params['embedding'], model_state, images, rng)
       return embedded.reshape(group, -1, embedded.shape[-1]), state
 
     momentum = batch_norm_momentum if batch_norm == 'running' else 1.0
@@ -105,7 +103,15 @@ def make(
     return losses[0], aux
 
   # Only with running averages do episodes share statistics in training: the other modes know their own episode alone.
-  return Algorithm(init, adapt, predict, loss, group_loss=group_loss if batch_norm == 'running' else None)
+  return Algorithm(
+    init,
+    adapt,
+    predict,
+    loss,
+    group_loss=group_loss if batch_norm == 'running' else None,
+    embedding=embedding,
+    adopt=networks.adopt,
+  )
 
 
 def prototypes(embedded, targets, way):

@@ -7,7 +7,6 @@ import optax
 from metajax import inner_loop, losses
 from metajax.algorithms import maml
 from metajax.errors import UserError
-from metajax.types import Algorithm
 
 
 def make(
@@ -78,4 +77,4 @@ def make(
     metrics = objective.metrics(outputs, episode.query.targets)
     return jax.lax.stop_gradient(value - distance) + distance, (model_state, metrics)
 
-  return Algorithm(base.init, adapt, base.predict, loss, trajectory)
+  return base._replace(adapt=adapt, loss=loss, trajectory=trajectory)

@@ -106,7 +106,7 @@ def image_source(
       f'shot + query_shot = {images}, but class {table.names[c]} of the {split} split has only '
       f'{table.counts[c]} images: choose a smaller shot or query_shot'
     )
-  augmentation.check(table.images.shape[1:], augment, normalize)
+  prepare, load = _loader(table, split, seed, placement, augment, normalize)
 
   @_by_block
   def draw(block):
@@ -117,25 +117,11 @@ def image_source(
     rows = table.starts[class_ids][..., None] + picks
     return {'rows': rows.astype(np.int32), 'class_ids': class_ids.astype(np.int32), 'turns': table.turns[class_ids]}
 
-  rotated = bool(table.turns.any())
-
   def sample(start, count):
-    batch = draw(start, count)
-    if placement == 'host':
-      batch['images'] = gather(table.images, batch.pop('rows'))
-    if augment:
-      batch['seeds'] = augmentation.seeds(seed, start, count)
-    return batch
-
-  def augment_episode(seeds, images):
-    return augmentation.augment(augmentation.rng(seeds, SPLITS.index(split)), images, augment)
+    return prepare(draw(start, count), start, count)
 
   def decode(resident, batch):
-    images = batch['images'] if placement == 'host' else resident[batch['rows']]
-    if rotated:
-      images = jax.vmap(jax.vmap(_turn))(images, batch['turns'])
-    images = jax.vmap(augment_episode)(batch['seeds'], images) if augment else images.astype(jnp.float32) / 255
-    images = augmentation.normalize(images, normalize)
+    images = load(resident, batch)
     targets = jnp.broadcast_to(jnp.arange(way, dtype=jnp.int32)[:, None], images.shape[:3])
 
     def flat(x):
@@ -148,6 +134,76 @@ def image_source(
     )
 
   return Source(sample, decode, table.images if placement == 'device' else (), classes)
+
+
+def batch_source(table: ClassTable, split, *, batch, seed, placement='device', augment=(), normalize='none'):
+  """Batches of images of all classes, for learners that know no episodes.
+
+  In every epoch each image comes once, in a new random order; a batch may end one epoch and begin the next. Batch k is
+  a function of (seed, split, k), like an episode, and has the form of one: of all classes in their order, without
+  support, its images are the queries and their targets the classes.
+
+  Args:
+    batch: images.
+    (others as in `image_source`)
+  """
+  prepare, load = _loader(table, split, seed, placement, augment, normalize)
+  classes, ends = len(table.names), np.cumsum(table.counts)
+
+  @functools.lru_cache(maxsize=2)
+  def order(epoch):
+    return np.random.default_rng((seed, SPLITS.index(split), epoch, 1)).permutation(ends[-1])
+
+  def sample(start, count):
+    positions = np.arange(start * batch, (start + count) * batch)
+    epochs, positions = np.divmod(positions, ends[-1])
+    chosen = np.concatenate([order(epoch)[positions[epochs == epoch]] for epoch in np.unique(epochs)])
+    class_ids = np.searchsorted(ends, chosen, side='right').reshape(count, batch)
+    rows = table.starts[class_ids] + chosen.reshape(count, batch) - (ends - table.counts)[class_ids]
+    drawn = {'rows': rows[..., None].astype(np.int32), 'turns': table.turns[class_ids]}
+    return {**prepare(drawn, start, count), 'targets': class_ids.astype(np.int32)}
+
+  def decode(resident, batch):
+    images, targets = load(resident, batch)[:, :, 0], batch['targets']
+    return Episode(
+      support=Examples(images[:, :0], targets[:, :0]),
+      query=Examples(images, targets),
+      class_ids=jnp.broadcast_to(jnp.arange(classes, dtype=jnp.int32), (len(targets), classes)),
+    )
+
+  return Source(sample, decode, table.images if placement == 'device' else (), classes)
+
+
+def _loader(table, split, seed, placement, augment, normalize):
+  """How rows of a table become images: what the host does to a batch, and what the device does.
+
+  Arguments as in `image_source`.
+
+  Returns:
+    prepare: (batch with 'rows' (count, classes, n) and 'turns' (count, classes), first number, count) -> batch.
+    load: (resident, batch) -> images (count, classes, n, h, w, c) float32.
+  """
+  augmentation.check(table.images.shape[1:], augment, normalize)
+  rotated = bool(table.turns.any())
+
+  def prepare(batch, start, count):
+    if placement == 'host':
+      batch['images'] = gather(table.images, batch.pop('rows'))
+    if augment:
+      batch['seeds'] = augmentation.seeds(seed, start, count)
+    return batch
+
+  def augment_one(seeds, images):
+    return augmentation.augment(augmentation.rng(seeds, SPLITS.index(split)), images, augment)
+
+  def load(resident, batch):
+    images = batch['images'] if placement == 'host' else resident[batch['rows']]
+    if rotated:
+      images = jax.vmap(jax.vmap(_turn))(images, batch['turns'])
+    images = jax.vmap(augment_one)(batch['seeds'], images) if augment else images.astype(jnp.float32) / 255
+    return augmentation.normalize(images, normalize)
+
+  return prepare, load
 
 
 def _turn(images, turns):
@@ -192,8 +248,15 @@ def grouped(source, group):
   return source._replace(sample=sample, decode=decode)
 
 
-def make_source(data, split, *, way, shot, query_shot, seed, placement='auto', augment=(), normalize='none'):
-  """Episodes of one split, from a table of images or from functions; arguments as for those two.
+def make_source(
+  data, split, *, way, shot, query_shot, seed, merged=False, batch=0, placement='auto', augment=(), normalize='none'
+):
+  """Episodes of one split, from a table of images or from functions.
+
+  Args:
+    merged: whether the support images are queries too, and there is no support set.
+    batch: images of a batch of all classes, see `batch_source`; 0 for episodes.
+    (others as in `image_source` and `function_source`)
 
   Raises:
     UserError: a setting does not fit the data.
@@ -201,9 +264,11 @@ def make_source(data, split, *, way, shot, query_shot, seed, placement='auto', a
   for name, value in (('shot', shot), ('query_shot', query_shot)):
     if value < 1:
       raise UserError(f'{name} = {value}: at least 1 is needed')
+  if merged:
+    shot, query_shot = 0, shot + query_shot
   if isinstance(data, Functions):
-    if augment or normalize != 'none':
-      raise UserError('config.data: regression has no images: leave augment = () and normalize = none')
+    if augment or batch or normalize != 'none':
+      raise UserError('config.data: regression has no images: leave augment = (), batch = 0 and normalize = none')
     return function_source(data, split, shot=shot, query_shot=query_shot, seed=seed)
   if way is None or way < 2:
     raise UserError(f'way = {way}: classification needs at least 2 classes')
@@ -211,17 +276,10 @@ def make_source(data, split, *, way, shot, query_shot, seed, placement='auto', a
     placement = place(data.images)
   if placement not in ('device', 'host'):
     raise UserError(f"config.data.placement is 'auto', 'device' or 'host', not {placement!r}")
-  return image_source(
-    data,
-    split,
-    way=way,
-    shot=shot,
-    query_shot=query_shot,
-    seed=seed,
-    placement=placement,
-    augment=augment,
-    normalize=normalize,
-  )
+  images = dict(seed=seed, placement=placement, augment=augment, normalize=normalize)
+  if batch:
+    return batch_source(data, split, batch=batch, **images)
+  return image_source(data, split, way=way, shot=shot, query_shot=query_shot, **images)
 
 
 def place(images, budget=None):
