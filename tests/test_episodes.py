@@ -200,6 +200,49 @@ def test_sampling_is_fast():
   assert rate > 1000
 
 
+# Batches of all classes.
+
+
+@pytest.mark.parametrize('placement', ['device', 'host'])
+def test_batches_go_through_every_image_of_every_class_once_an_epoch(placement):
+  classes, turns = [1, 4, 1, 5], [0, 0, 1, 0]  # the third is the first, turned
+  table = table_of(classes, turns)
+  images = sum(COUNTS[classes])  # 23
+  batches = decode(make(table, merged=True, batch=5, placement=placement), 0, images)  # five epochs
+  assert batches.support.inputs.shape == (images, 0, 2, 2, 1) and batches.support.targets.shape == (images, 0)
+  assert batches.query.inputs.shape == (images, 5, 2, 2, 1)
+  np.testing.assert_array_equal(batches.class_ids, np.tile(np.arange(4), (images, 1)))
+  upright = np.round(batches.query.inputs * 255).astype(np.uint8).reshape(-1, 2, 2, 1)
+  targets = batches.query.targets.ravel()
+  upright[targets == 2] = np.rot90(upright[targets == 2], -1, axes=(1, 2))
+  rows = upright[:, 0, 0, 0].astype(int)
+  np.testing.assert_array_equal(upright, table.images[rows])
+  np.testing.assert_array_equal(np.repeat(np.arange(6), COUNTS)[rows], np.array(classes)[targets])
+  epochs = np.stack([rows, targets]).reshape(2, 5, images).swapaxes(0, 1)
+  for epoch in epochs:
+    assert len(set(map(tuple, epoch.T))) == images
+  assert all((a != b).any() for a, b in itertools.combinations(epochs, 2))
+
+
+def test_a_batch_is_a_function_of_seed_split_and_number_alone():
+  whole = make(table_of([0, 1, 2]), merged=True, batch=4).sample(0, 30)
+  for start, count in ((7, 3), (29, 1), (0, 1), (4, 20)):
+    fresh = make(table_of([0, 1, 2]), merged=True, batch=4)
+    assert_same(fresh.sample(start, count), {name: x[start : start + count] for name, x in whole.items()})
+  for other in (dict(seed=1), dict(split='val')):
+    assert (make(table_of([0, 1, 2]), merged=True, batch=4, **other).sample(0, 30)['rows'] != whole['rows']).any()
+
+
+def test_merged_episodes_have_all_of_their_images_in_the_query_set():
+  settings = dict(way=3, shot=2, query_shot=1)
+  apart, merged = (decode(make(table_of([0, 1, 2, 5]), merged=m, **settings), 0, 40) for m in (False, True))
+  assert merged.support.inputs.shape == (40, 0, 2, 2, 1)
+  np.testing.assert_array_equal(merged.class_ids, apart.class_ids)
+  np.testing.assert_array_equal(merged.query.targets, np.tile(np.repeat(np.arange(3), 3), (40, 1)))
+  both = np.concatenate([rows_of(apart.support).reshape(40, 3, 2), rows_of(apart.query).reshape(40, 3, 1)], axis=-1)
+  np.testing.assert_array_equal(rows_of(merged.query).reshape(40, 3, 3), both)
+
+
 # Functions.
 
 
