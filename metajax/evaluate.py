@@ -79,7 +79,8 @@ def ensemble(objective, results):
 
 def score(objective, outputs, targets):
   """What is reported of one episode: {metric: scalar}, from outputs (queries, ...) and targets (queries, ...)."""
-  return {'loss': jnp.mean(objective.losses(outputs, targets)), **objective.metrics(outputs, targets)}
+  each = {'loss': objective.losses(outputs, targets), **objective.metrics(outputs, targets)}
+  return jax.tree.map(jnp.mean, each)
 
 
 def _outputs(algorithm, params, model_state, adapted, episode):

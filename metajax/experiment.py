@@ -10,7 +10,7 @@ import optax
 from metajax import config as config_lib
 from metajax import losses, optimizers, parallel, processes
 from metajax.checkpoint import KEEP_BEST
-from metajax.data import episodes
+from metajax.data import episodes, hard_tasks
 from metajax.errors import UserError
 from metajax.types import Algorithm, Phase, TaskWeighting
 
@@ -28,13 +28,23 @@ class Experiment(NamedTuple):
   tx: optax.GradientTransformation
   evaluation: Algorithm  # the algorithm with evaluation's inner steps
   example: Any  # an input batch to initialise with
+  hard: hard_tasks.HardTasks | None = None  # None where all tasks of training are random
 
 
 _COUNTS = (
   *('total_steps', 'data.tasks', 'data.group', 'data.shot', 'data.query_shot'),
   *('eval.episodes', 'eval.val_episodes'),
 )
-_COUNTS_OR_ZERO = ('seed', 'data.batch', 'eval.seed', 'eval.ensemble', 'log_every', 'eval_every', 'checkpoint_every')
+_COUNTS_OR_ZERO = (
+  'seed',
+  'data.batch',
+  'data.hard_updates',
+  'eval.seed',
+  'eval.ensemble',
+  'log_every',
+  'eval_every',
+  'checkpoint_every',
+)
 
 
 def make(config, data_dir, needed=('train', 'test')):
@@ -101,6 +111,26 @@ def make(config, data_dir, needed=('train', 'test')):
     tx=tx,
     evaluation=evaluation,
     example=example,
+    hard=make_hard(config, splits['train'], sources['train']) if config.data.hard_updates else None,
+  )
+
+
+def make_hard(config, table, source):
+  """Hard tasks of the training split, see `data.hard_tasks`."""
+  data = config.data
+  if data.batch or data.group > 1 or not source.num_classes:
+    raise UserError(
+      'config.data.hard_updates: hard tasks are classification episodes, one by one: batch = 0, group = 1'
+    )
+  if isinstance(source.resident, tuple):
+    raise UserError('config.data.hard_updates: the device draws hard tasks; set config.data.placement=device')
+  return hard_tasks.make(
+    table,
+    way=data.way,
+    images=data.shot + data.query_shot,
+    tasks=data.tasks,
+    random_updates=data.random_updates,
+    hard_updates=data.hard_updates,
   )
 
 

@@ -11,7 +11,7 @@ class Objective(NamedTuple):
   """A task's loss, in nats or squared units, and the metrics that go with it."""
 
   losses: Callable  # (outputs (n, ...), targets (n, ...)) -> (n,)
-  metrics: Callable  # (outputs, targets) -> {name: scalar}
+  metrics: Callable  # (outputs, targets) -> {name: (n,)}
 
 
 def _squared_errors(outputs, targets):
@@ -19,7 +19,7 @@ def _squared_errors(outputs, targets):
 
 
 def _accuracy(logits, targets):
-  return {'accuracy': jnp.mean((jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32))}
+  return {'accuracy': (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)}
 
 
 CLASSIFICATION = Objective(optax.softmax_cross_entropy_with_integer_labels, _accuracy)

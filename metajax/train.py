@@ -33,6 +33,10 @@ class TrainState(NamedTuple):
   model_state: Any
   opt_state: Any
   weighting: Any
+  hard: Any = ()  # classes that `data.hard_tasks` has collected, () where no tasks are hard
+
+
+_OF_HARD_TASKS = np.uint32(2**32 - 1)  # folded into the step's key, in which tasks count from 0
 
 
 def train_step(state, constants, local, *, experiment, tasks, phase=0):
@@ -53,6 +57,10 @@ def train_step(state, constants, local, *, experiment, tasks, phase=0):
   loss = functools.partial(experiment.phases[phase].loss, step=state.step)
   resident, rng = constants
   rng_tasks, rng_weighting = jax.random.split(jax.random.fold_in(rng, state.step))
+  if hard := experiment.hard:
+    positions, batch = local
+    rngs = jax.vmap(outer_loop.task_rngs, (None, 0))(jax.random.fold_in(rng_tasks, _OF_HARD_TASKS), positions)
+    local = positions, hard.redraw(state.hard, state.step, batch, rngs)
   episodes_of = functools.partial(experiment.sources['train'].decode, resident)
   meta_batch = dict(episodes=episodes_of, local=local, rng=rng_tasks, tasks=tasks)
 
@@ -70,14 +78,21 @@ def train_step(state, constants, local, *, experiment, tasks, phase=0):
     )
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   weights, weight_metrics = weighting.update(state.weighting, task_losses, classes, rng_weighting, *tried)
+  collected = state.hard
+  if hard:
+    if metrics['accuracy'].shape != classes.shape:
+      raise UserError('config.data.hard_updates: the algorithm has no accuracy of each query')
+    collected = hard.collect(collected, state.step, classes, metrics['accuracy'], task_losses)
   state = TrainState(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
     model_state={**state.model_state, **model_state},
     opt_state=opt_state,
     weighting=weights,
+    hard=collected,
   )
-  metrics = jax.tree.map(lambda x: x.mean(axis=0), metrics)
+  # An accuracy is of each query; of other vectors the entries mean different things.
+  metrics = {name: x.mean() if name == 'accuracy' else x.mean(axis=0) for name, x in metrics.items()}
   return state, {'loss': task_losses.mean(), 'grad_norm': optax.tree.norm(grads), **metrics, **weight_metrics}
 
 
@@ -101,6 +116,7 @@ def init_state(experiment, seed):
       model_state=model_state,
       opt_state=experiment.tx.init(params),
       weighting=experiment.weighting.init(rng_weighting),
+      hard=experiment.hard.init() if experiment.hard else (),
     )
 
   return jax.jit(init)(keys.from_seed(seed))

@@ -95,12 +95,13 @@ def make(
 
     protos = jax.vmap(prototypes, (0, 0, None))(support, episodes.support.targets, way)
     outputs = jax.vmap(logits, (None, 0, 0))(params, protos, query)
-    metrics = jax.tree.map(jnp.mean, jax.vmap(objective.metrics)(outputs, episodes.query.targets))
+    metrics = objective.metrics(outputs, episodes.query.targets)
     return objective.losses(outputs, episodes.query.targets), (model_state, metrics)
 
   def loss(params, model_state, episode, rng):
-    losses, aux = group_loss(params, model_state, jax.tree.map(lambda x: x[None], episode), rng)
-    return losses[0], aux
+    episodes = jax.tree.map(lambda x: x[None], episode)
+    losses, (model_state, metrics) = group_loss(params, model_state, episodes, rng)
+    return losses[0], (model_state, {name: x[0] for name, x in metrics.items()})
 
   # Only with running averages do episodes share statistics in training: the other modes know their own episode alone.
   return Algorithm(
