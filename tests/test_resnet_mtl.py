@@ -1,5 +1,7 @@
 """The two networks of Meta-Transfer Learning against plain Flax, and sizes against the released code's."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,11 @@ def draw(seed, *shape):
 
 def assert_same(ours, theirs, tolerance=1e-7):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, tolerance, tolerance), ours, theirs)
+
+
+def drawn(tree):
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), tree)
 
 
 def shapes(model, *image):
@@ -49,6 +56,10 @@ def test_sizes(network, pixels, features, parameters, statistics):
   assert size(variables['params']['head']) == features * 5 + 5
 
 
+# With this momentum its state, like that of ours, is the batch's own statistics.
+NORM = functools.partial(nn.BatchNorm, use_running_average=False, momentum=0.0, use_fast_variance=False)
+
+
 class PlainResNet12(nn.Module):
   """Their TensorFlow network of Flax's own layers, one after the other; without a head."""
 
@@ -60,8 +71,8 @@ class PlainResNet12(nn.Module):
       shortcut = nn.Conv(width, (1, 1), use_bias=False, name=f'block{i}/shortcut')(x)
       for j in range(3):
         x = nn.Conv(width, (3, 3), name=f'block{i}/conv{j}')(x)
-        norm = nn.BatchNorm(False, epsilon=1e-3, use_scale=False, use_bias=False, use_fast_variance=False)
-        x = nn.leaky_relu(norm(x), 0.1)
+        x = NORM(epsilon=1e-3, use_scale=False, use_bias=False, name=f'block{i}/norm{j}')(x)
+        x = nn.leaky_relu(x, 0.1)
       x = nn.max_pool(x + shortcut, (2, 2), (2, 2))
     return x.mean((1, 2))
 
@@ -74,7 +85,7 @@ class PlainResNet25(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    x = nn.relu(self.normalised('stem', nn.Conv(self.widths[0], (3, 3), name='stem')(x)))
+    x = nn.relu(self.normalised('stem_norm', nn.Conv(self.widths[0], (3, 3), name='stem')(x)))
     for i, width in enumerate(self.widths[1:]):
       for j in range(self.blocks):
         block, stride = f'stage{i}_block{j}', 2 if j == 0 else 1
@@ -89,12 +100,11 @@ class PlainResNet25(nn.Module):
     return x.mean((1, 2))
 
   def normalised(self, name, x):
-    name = name if '/' in name else f'{name}_norm'
-    return nn.BatchNorm(False, epsilon=1e-5, use_fast_variance=False, name=name)(x)
+    return NORM(epsilon=1e-5, name=name)(x)
 
 
 def for_plain(params, prefix=''):
-  """Parameters as the plain networks name them: convolutions and normalisation of one level."""
+  """Parameters, or statistics, as the plain networks name them: all on one level."""
   plain = {}
   for name, value in params.items():
     if 'norm' in name:
@@ -117,24 +127,23 @@ def for_plain(params, prefix=''):
   ],
   ids=['resnet12_mtl', 'resnet25'],
 )
-def test_the_network_is_that_of_flax_with_its_gradient(ours, plain, image):
+def test_the_network_is_that_of_flax_with_its_statistics_and_its_gradient(ours, plain, image):
   with jax.enable_x64(True):
     x = draw(0, 3, *image)
     out, variables = shapes(ours, *image)
-    params = jax.tree.map(lambda s: draw(s.size, *s.shape), variables['params'])
+    params = drawn(variables['params'])
     weights = draw(99, 3, out.shape[-1])
 
     def value_and_gradient(apply):
       def scalar(params):
-        out = apply(params)
-        return jnp.sum(jnp.sin(out) * weights), out
+        out, state = apply(params)
+        return jnp.sum(jnp.sin(out) * weights), (out, for_plain(state['batch_stats']))
 
-      (_, out), gradient = jax.value_and_grad(scalar, has_aux=True)(params)
-      return out, gradient
+      return jax.value_and_grad(scalar, has_aux=True)(params)
 
     def both(params):
-      mine = value_and_gradient(lambda p: ours.apply({'params': p}, x))
-      theirs = value_and_gradient(lambda p: plain.apply({'params': for_plain(p)}, x, mutable=['batch_stats'])[0])
+      mine = value_and_gradient(lambda p: ours.apply({'params': p}, x, mutable=['batch_stats']))
+      theirs = value_and_gradient(lambda p: plain.apply({'params': for_plain(p)}, x, mutable=['batch_stats']))
       return mine, theirs
 
     mine, theirs = jax.jit(both)(params)
@@ -144,7 +153,7 @@ def test_the_network_is_that_of_flax_with_its_gradient(ours, plain, image):
 def test_dropout_is_active_with_a_key_alone_and_not_in_the_last_block_alone():
   x = draw(0, 4, 16, 16, 1).astype(np.float32)
   model = resnet12_mtl.make(None, widths=TINY, dropout=0.5)
-  params = jax.tree.map(lambda s: draw(s.size, *s.shape).astype(s.dtype), shapes(model, 16, 16, 1)[1]['params'])
+  params = drawn(shapes(model, 16, 16, 1)[1]['params'])
 
   @jax.jit
   def runs(key):
