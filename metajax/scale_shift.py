@@ -1,4 +1,4 @@
-"""Scaling and shifting of convolutions whose weights stay as they are (Sun et al. 2019, section 4.2).
+"""Scaling and shifting of convolutions whose weights stay as they are (Sun et al. 2019).
 
 Not the weights W and biases b of a trained network are learned, but a scale of each pair of an input and an output
 channel, and a shift of each output channel (equation 6):
