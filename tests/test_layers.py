@@ -215,15 +215,20 @@ def test_mutable_statistics_are_the_batch_s_own_and_take_precedence_over_given_o
   assert_same(updated['batch_stats'], {'mean': rows.mean(0), 'var': rows.var(0)})
 
 
-def test_batch_norm_is_that_of_flax():
+@pytest.mark.parametrize(('affine', 'epsilon'), [(True, 1e-5), (False, 1e-3)])
+def test_batch_norm_is_that_of_flax(affine, epsilon):
   x = draw(0, 3, 5, 6, 4) + 1
-  ours = derivatives(lambda x, s, b: layers.BatchNorm().apply({'params': {'scale': s, 'bias': b}}, x), x, SCALE, BIAS)
+  names = ('scale', 'bias') if affine else ()
+  args = x, *(SCALE, BIAS)[: len(names)]
 
-  def flax(x, scale, bias):
-    norm = nn.BatchNorm(use_running_average=False, epsilon=1e-5, use_fast_variance=False)
-    return norm.apply({'params': {'scale': scale, 'bias': bias}}, x, mutable=['batch_stats'])[0]
+  def ours(x, *values):
+    return layers.BatchNorm(epsilon, affine).apply({'params': dict(zip(names, values, strict=True))}, x)
 
-  assert_same(ours, derivatives(flax, x, SCALE, BIAS), atol=1e-8)
+  def flax(x, *values):
+    norm = nn.BatchNorm(False, epsilon=epsilon, use_scale=affine, use_bias=affine, use_fast_variance=False)
+    return norm.apply({'params': dict(zip(names, values, strict=True))}, x, mutable=['batch_stats'])[0]
+
+  assert_same(derivatives(ours, *args), derivatives(flax, *args), atol=1e-8)
 
 
 @pytest.mark.parametrize('channels', [3, 5])

@@ -222,7 +222,7 @@ def test_errors_of_the_command_line(finished, cache, tmp_path, capsys, monkeypat
     ((tiny, '--config.algorithm.inner_steps=-1'), 'inner_steps = -1'),
     ((tiny, '--config.algorithm.name=reptile', '--config.algorithm.inner_batch=0'), 'inner_batch = 0'),
     ((tiny, '--config.optimizer.clip=-1'), 'clip = -1'),
-    ((tiny, '--config.model.downsample=pool', '--config.data.size=8'), 'too small to be pooled'),
+    ((tiny, '--config.model.downsample=pool', '--config.data.size=8'), 'too small to be halved 4 times'),
     ((tiny, '--workdir=none', '--config.data.name=folder', f'--config.data.path={only_train}'), 'no test split'),
     ((tiny, '--workdir=other', '--config.data.name=folder', '--config.data.path=none'), 'none'),
   ]:

@@ -28,8 +28,8 @@ class Conv4(nn.Module):
   def __call__(self, x):
     """Maps images (n, h, w, c) to logits (n, num_outputs), or to features (n, d) if there are no outputs."""
     pool = self.downsample == 'pool'
-    if pool and min(x.shape[1:3]) < 16:
-      raise UserError(f'images of {x.shape[1]} x {x.shape[2]} pixels are too small to be pooled four times')
+    if pool:
+      layers.check_size(x, halvings=4)
     block = layers.LayerNormBlock if self.norm == 'layer' else layers.ConvBlock
     for i in range(4):
       conv = [self.param(f'conv{i}', nn.initializers.glorot_uniform(), (3, 3, x.shape[-1], self.width))]

@@ -24,14 +24,20 @@ _FEW_CHANNELS = 4  # up to so many, convolution and pooling are one
 
 
 class BatchNorm(nn.Module):
-  """Batch normalisation (Ioffe & Szegedy 2015) with the statistics that the top of this file describes."""
+  """Batch normalisation (Ioffe & Szegedy 2015) with the statistics that the top of this file describes.
+
+  Attributes:
+    epsilon: added to the variance.
+    affine: whether it has parameters, a scale and a bias of each feature.
+  """
 
   epsilon: float = 1e-5
+  affine: bool = True
 
   @nn.compact
   def __call__(self, x):
     """Maps (n, h, w, features) to the same shape."""
-    scale, bias = _affine(self, x.shape[-1])
+    scale, bias = _affine(self, x.shape[-1]) if self.affine else (1.0, 0.0)
     statistics = _chosen_statistics(self, x.shape[-1], lambda: _statistics(x))
     factor, summand = _factor_and_summand(statistics, scale, bias, self.epsilon)
     return x * factor + summand
@@ -172,6 +178,14 @@ def dropped(x, seeds, block_size):
   drop = functools.reduce(jnp.logical_or, (rows[:, :, i : i + w] for i in range(block_size)))
   left = jnp.maximum(x.size - jnp.sum(drop), 1)  # where nothing is left, derivatives are 0 and not NaN
   return jnp.where(drop, 0, x * (x.size / left).astype(x.dtype))
+
+
+def check_size(x, halvings):
+  """Raises UserError where images (n, h, w, c) have too few pixels to be halved so often."""
+  h, w = x.shape[1:3]
+  if min(h, w) < 2**halvings:
+    needed = f'at least {2**halvings} x {2**halvings} are needed'
+    raise UserError(f'images of {h} x {w} pixels are too small to be halved {halvings} times: {needed}')
 
 
 def _convolved(x, kernel, downsample):

@@ -30,8 +30,7 @@ class ResNet12(nn.Module):
   @nn.compact
   def __call__(self, x):
     """Maps images (n, h, w, c) to logits (n, num_outputs); without a head to features (n, d)."""
-    if min(x.shape[1:3]) < 2**_BLOCKS:
-      raise UserError(f'images of {x.shape[1]} x {x.shape[2]} pixels are too small to be pooled four times')
+    layers.check_size(x, halvings=_BLOCKS)
     for i, width in enumerate(self.widths):
       x = ResidualBlock(width, name=f'block{i}')(x)
       if self.dropout and i < 2:
@@ -81,11 +80,16 @@ def make(num_outputs, *, widths=(64, 160, 320, 640), dropout=0.1, block_size=2, 
   Raises:
     UserError: a setting out of its range; from `init` on, images too small for the blocks or for DropBlock.
   """
-  if len(widths) != _BLOCKS or min(widths) < 1:
-    raise UserError(f'widths = {tuple(widths)}: four are needed, each at least 1')
-  if not 0 <= dropout < 1:
-    raise UserError(f'dropout = {dropout}: from 0 to below 1 is needed')
+  check(widths, dropout)
   for name, value in (('block_size', block_size), ('ramp', ramp)):
     if value < 1:
       raise UserError(f'{name} = {value}: at least 1 is needed')
   return ResNet12(num_outputs, tuple(widths), dropout, block_size, ramp, pool)
+
+
+def check(widths, dropout):
+  """Raises UserError for settings out of their range: four widths from 1 on, a probability below 1."""
+  if len(widths) != _BLOCKS or min(widths) < 1:
+    raise UserError(f'widths = {tuple(widths)}: four are needed, each at least 1')
+  if not 0 <= dropout < 1:
+    raise UserError(f'dropout = {dropout}: from 0 to below 1 is needed')
