@@ -1,0 +1,200 @@
+"""Linear heads that are fitted to a task's embedded support images, whatever embeds them.
+
+Functions of ONE task, to be mapped over tasks by the caller, in float32; gradients do not flow through a fit. Every
+class has a support image.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metajax.algorithms import protonet
+from metajax.errors import UserError
+from metajax.types import Array
+
+_NEWTON_STEPS, _CG_STEPS = 30, 50  # at most
+# When Newton's method stops: the gradient's norm, over C times that of all features and ones for the bias. float32
+# tells it from rounding; so it must a tenth of it, which is where conjugate gradients stop.
+_TOLERANCE, _FORCING = 1e-5, 0.1
+_STEP_SIZES = np.float32([*0.5 ** np.arange(8), 0])  # from 0 on none is taken that makes things worse
+
+
+class Linear(NamedTuple):
+  """A fitted head."""
+
+  kernel: Array  # (d, way)
+  bias: Array  # (way,)
+
+
+class Head(NamedTuple):
+  """How a head is fitted and used."""
+
+  fit: Callable  # (features (n, d), targets (n,) int32, way) -> Linear
+  outputs: Callable  # (linear, features (n, d)) -> logits (n, way)
+
+
+def make(name, *, c=1.0, normalize=True):
+  """Makes a head, with kernel A and bias b.
+
+  Args:
+    name: 'logistic_regression': minimises |A|^2 / 2 + c * the sum of cross-entropies in nats, as scikit-learn's
+      LogisticRegression(C=c) does from 3 classes on; of 2 classes, which it gives one logit instead of two, as with
+      C=2c. RFS (Tian et al. 2020) has c = 1, joint multi-task training (Wang et al. 2021) c = 3.
+      'ridge': minimises |A|^2 / 2 + c / 2 * the sum of squared errors to one-hot targets, scikit-learn's Ridge(1 / c).
+      'prototype': logits 2 x.m - |m|^2 with class means m; their softmax is that of minus squared Euclidean distances.
+      'cosine': cosines between features and the means of normalised features, between -1 and 1.
+    c: how much the examples count beside the penalty, which b is free of; the last two have none.
+    normalize: scale features to length 1 before all else, as 'cosine' always does. Zeros stay zeros.
+
+  Raises:
+    UserError: an unknown name; c is not above 0.
+  """
+  fits = {
+    'logistic_regression': functools.partial(_logistic_regression, c=c),
+    'ridge': functools.partial(_ridge, c=c),
+    'prototype': _prototype,
+    'cosine': _cosine,
+  }
+  if name not in fits:
+    raise UserError(f'a head is one of {", ".join(fits)}, not {name!r}')
+  if not 0 < c < np.inf:
+    raise UserError(f'c = {c} of a head: a number above 0 is needed')
+  scaled = _unit if normalize or name == 'cosine' else jnp.asarray
+  return Head(
+    fit=lambda features, targets, way: fits[name](scaled(features), targets, way),
+    outputs=lambda linear, features: outputs(linear, scaled(features)),
+  )
+
+
+def outputs(linear, features):
+  """Logits (n, way) of features (n, d)."""
+  return _product(features, linear.kernel) + linear.bias
+
+
+_product = functools.partial(jnp.matmul, precision='highest')
+
+
+def _unit(x):
+  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def _prototype(features, targets, way):
+  means = protonet.prototypes(features, targets, way)
+  return Linear(2 * means.T, -jnp.sum(jnp.square(means), axis=-1))
+
+
+def _cosine(features, targets, way):
+  return Linear(_unit(protonet.prototypes(features, targets, way)).T, jnp.zeros(way))
+
+
+def _centred(features):
+  """Features less their mean, and what makes a Linear for features of one for those: the bias is free to follow."""
+  mean = jnp.mean(features, axis=0)
+  return features - mean, lambda kernel, bias: Linear(kernel, bias - _product(mean, kernel))
+
+
+def _ridge(features, targets, way, c):
+  x, linear = _centred(features)
+  labels = jax.nn.one_hot(targets, way)
+  bias = jnp.mean(labels, axis=0)
+  few = x.shape[0] < x.shape[1]
+  gram = _product(x, x.T) if few else _product(x.T, x)
+  penalty = jnp.maximum(1 / c, jnp.finfo(jnp.float32).eps * jnp.trace(gram))  # what float32 tells from none
+  solve = functools.partial(jax.scipy.linalg.solve, gram + penalty * jnp.eye(len(gram)), assume_a='pos')
+  return linear(_product(x.T, solve(labels - bias)) if few else solve(_product(x.T, labels - bias)), bias)
+
+
+class _Point(NamedTuple):
+  """Where Newton's method stands."""
+
+  weights: Array
+  image: Array  # of the weights
+  probabilities: Array  # (n, way)
+  gradient: Array  # like the weights
+  squared_norm: Array  # of the gradient
+
+
+def _logistic_regression(features, targets, way, c):
+  """Newton's method with conjugate gradients.
+
+  The minimiser is a sum of examples, kernel = x^T a, and so is every gradient on the way: `weights` are the
+  coefficients a (n, way), and the bias as one more row. Only their `image` is ever needed besides, products with the
+  Gram matrix x x^T (n, n), and no factor of it: a column of weights has the length of the kernel that it stands for, in
+  <u, v> = sum(u * image(v)).
+  """
+  x, linear = _centred(features)
+  labels = jax.nn.one_hot(targets, way)
+  n, d = x.shape
+  gram = _product(x, x.T) if n <= 2 * d else None  # of many examples two products cost less
+
+  def image(weights):
+    a, bias = weights[:-1], weights[-1:]
+    return jnp.concatenate([_product(x, _product(x.T, a)) if gram is None else _product(gram, a), bias])
+
+  def logits(image):
+    return image[..., :-1, :] + image[..., -1:, :]
+
+  def derivative(weights, of_logits):
+    """Of the objective, or of its gradient, from that of the cross-entropies by the logits (n, way)."""
+    mean = jnp.mean(of_logits, axis=0, keepdims=True)  # the centred features of all examples sum to nothing
+    return jnp.concatenate([weights[:-1] + c * (of_logits - mean), c * n * mean])
+
+  def objective(weights, image):
+    penalty = jnp.sum((weights * image)[..., :-1, :], (-2, -1)) / 2
+    return penalty - c * jnp.sum(labels * jax.nn.log_softmax(logits(image)), (-2, -1))
+
+  def at(weights):
+    weights_image = image(weights)
+    probabilities = jax.nn.softmax(logits(weights_image))
+    gradient = derivative(weights, probabilities - labels)
+    return _Point(weights, weights_image, probabilities, gradient, jnp.sum(gradient * image(gradient)))
+
+  def hessian(point, vector, vector_image):
+    change = logits(vector_image)
+    p = point.probabilities
+    return derivative(vector, p * (change - jnp.sum(p * change, axis=-1, keepdims=True)))
+
+  def step(state):
+    count, point = state
+    direction = _conjugate_gradients(functools.partial(hessian, point), image, -point.gradient, point.squared_norm)
+    # All sizes at once: logits are linear in the weights.
+    sizes = _STEP_SIZES[:, None, None]
+    values = objective(point.weights + sizes * direction, point.image + sizes * image(direction))
+    best = values <= jnp.min(values) + 1e-6 * values[-1]  # as far as float32 can tell
+    return count + 1, at(point.weights + jnp.asarray(_STEP_SIZES)[jnp.argmax(best)] * direction)
+
+  scale = c**2 * (n + jnp.sum(jnp.square(x)))
+
+  def unfinished(state):
+    count, point = state
+    return (count < _NEWTON_STEPS) & (point.squared_norm > _TOLERANCE**2 * scale)
+
+  _, point = jax.lax.while_loop(unfinished, step, (0, at(jnp.zeros((n + 1, way)))))
+  return linear(_product(x.T, point.weights[:-1]), point.weights[-1])
+
+
+def _conjugate_gradients(operator, image, target, squared_norm):
+  """Solves operator(v, image(v)) = target, roughly; squared_norm is the target's."""
+
+  def step(state):
+    count, solution, rest, direction, direction_image, squared = state
+    product = operator(direction, direction_image)
+    # Where the objective is flat, as along equal biases, only rounding would say how far to go.
+    size = squared / jnp.maximum(jnp.sum(product * direction_image), 1e-6 * squared)
+    rest = rest - size * product
+    rest_image = image(rest)
+    after = jnp.sum(rest * rest_image)
+    turn = after / squared
+    solution = solution + size * direction
+    return count + 1, solution, rest, rest + turn * direction, rest_image + turn * direction_image, after
+
+  def unfinished(state):
+    count, *_, squared = state
+    return (count < _CG_STEPS) & (squared > _FORCING**2 * squared_norm)
+
+  start = 0, jnp.zeros_like(target), target, target, image(target), squared_norm
+  return jax.lax.while_loop(unfinished, step, start)[1]
