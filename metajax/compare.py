@@ -204,13 +204,13 @@ def _stored(folder, config, best_step):
       raise ValueError('not one number for each episode')
     for name in report.FOUND:
       del faced[name]
-    step, inner_loop = int(stored['checkpoint_step']), {name: stored[name] for name in report.inner_loop(config)}
+    step, adaptation = int(stored['checkpoint_step']), {name: stored.get(name) for name in report.adaptation(config)}
   except FileNotFoundError:
     return None, 'there is no test_episodes.json'
   except (OSError, ValueError, KeyError, TypeError) as error:
     return None, f'test_episodes.json is damaged ({type(error).__name__}: {first_line(error)})'
-  wanted = {**report.protocol(config), **report.inner_loop(config)}
-  stale = [name for name in differing([wanted, {**faced, **inner_loop}]) if name != 'episodes']
+  wanted = {**report.protocol(config), **report.adaptation(config)}
+  stale = [name for name in differing([wanted, {**faced, **adaptation}]) if name != 'episodes']
   if stale:
     return None, f'test_episodes.json is of another {" and ".join(stale)}'
   if len(values) < config.eval.episodes:  # of more, the first are the same ones
@@ -405,10 +405,10 @@ def notes(rows):
     others -= {'seed', 'init_from'}  # each seed starts from a baseline of its own
     if others:
       lines.append(f'{row.name}: its runs differ in more than their seeds: {", ".join(sorted(others))}')
-  inner_loops = {row.name: report.inner_loop(row.runs[0].config) for row in rows}
-  for name in config_lib.OF_INNER_LOOP:
-    if len({loop[name] for loop in inner_loops.values()}) > 1:
-      values = ', '.join(f'{row} {loop[name]}' for row, loop in inner_loops.items())
+  adaptations = {row.name: report.adaptation(row.runs[0].config) for row in rows}
+  for name in sorted(set().union(*adaptations.values())):
+    if len({found.get(name) for found in adaptations.values()}) > 1:
+      values = ', '.join(f'{row} {found.get(name)}' for row, found in adaptations.items())
       lines.append(f'{name} of the test differ: {values}')
   return lines
 

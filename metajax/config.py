@@ -56,6 +56,9 @@ _EVAL = dict(
   shot=int,
   query_shot=int,
   augment=(),  # of validation and test: none unless asked for, whatever training has
+  head='',  # fitted to the features of the support images in place of the learner's own way, see `metajax.heads`
+  head_c=1.0,  # its c
+  head_normalize=True,  # whether it sees features of length 1
   ensemble=0,  # of so many of the best checkpoints by validation, the mean of their outputs: a number of its own
 )
 OF_INNER_LOOP = ('inner_steps', 'inner_lr')  # settings of `eval` that only some algorithms have

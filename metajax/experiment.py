@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from metajax import config as config_lib
-from metajax import losses, optimizers, parallel, processes
+from metajax import heads, losses, optimizers, parallel, processes
 from metajax.checkpoint import KEEP_BEST
 from metajax.data import episodes, hard_tasks
 from metajax.errors import UserError
@@ -82,6 +82,8 @@ def make(config, data_dir, needed=('train', 'test')):
     config, 'algorithm', model, way=classes if config.data.batch else config.data.way, **supplied
   )
   evaluation = config_lib.build(config, 'algorithm', model, way=way, **supplied, **for_evaluation)
+  if config.eval.head:
+    evaluation = with_head(config, evaluation, way)
   example = np.zeros(shapes.support.inputs.shape[1:], np.float32)
   if not regression and way > config.data.way:
     check_outputs(evaluation._replace(init=algorithm.init), shapes.support, example, way)
@@ -113,6 +115,15 @@ def make(config, data_dir, needed=('train', 'test')):
     example=example,
     hard=make_hard(config, splits['train'], sources['train']) if config.data.hard_updates else None,
   )
+
+
+def with_head(config, algorithm, way):
+  """The algorithm with the head that `config.eval` names, fitted to its embedding, in place of its own adaptation."""
+  if algorithm.embedding is None:
+    raise UserError(f'config.eval.head: {config.algorithm.name} with these settings has no embedding to fit a head to')
+  head = heads.make(config.eval.head, c=config.eval.head_c, normalize=config.eval.head_normalize)
+  adapt, predict = heads.learner(head, algorithm.embedding, way)
+  return algorithm._replace(adapt=adapt, predict=predict, trajectory=None)
 
 
 def make_hard(config, table, source):

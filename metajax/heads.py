@@ -6,7 +6,7 @@ class has a support image.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def make(name, *, c=1.0, normalize=True):
     raise UserError(f'a head is one of {", ".join(fits)}, not {name!r}')
   if not 0 < c < np.inf:
     raise UserError(f'c = {c} of a head: a number above 0 is needed')
-  scaled = _unit if normalize or name == 'cosine' else jnp.asarray
+  scaled = unit if normalize or name == 'cosine' else jnp.asarray
   return Head(
     fit=lambda features, targets, way: fits[name](scaled(features), targets, way),
     outputs=lambda linear, features: outputs(linear, scaled(features)),
@@ -78,7 +78,7 @@ def outputs(linear, features):
 _product = functools.partial(jnp.matmul, precision='highest')
 
 
-def _unit(x):
+def unit(x):
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
@@ -88,7 +88,7 @@ def _prototype(features, targets, way):
 
 
 def _cosine(features, targets, way):
-  return Linear(_unit(protonet.prototypes(features, targets, way)).T, jnp.zeros(way))
+  return Linear(unit(protonet.prototypes(features, targets, way)).T, jnp.zeros(way))
 
 
 def _centred(features):
@@ -198,3 +198,25 @@ def _conjugate_gradients(operator, image, target, squared_norm):
 
   start = 0, jnp.zeros_like(target), target, target, image(target), squared_norm
   return jax.lax.while_loop(unfinished, step, start)[1]
+
+
+class Fitted(NamedTuple):
+  """What a task leaves behind: its head, and the statistics that normalise its queries."""
+
+  linear: Linear
+  model_state: Any
+
+
+def learner(head, embedding, way):
+  """`adapt` and `predict` of an Algorithm that fits a head to the embedded support images."""
+
+  def adapt(params, model_state, support, rng):
+    del rng  # of dropout, which is for training
+    features, model_state = embedding.support(params, model_state, support.inputs)
+    return Fitted(head.fit(features, support.targets, way), model_state)
+
+  def predict(params, model_state, adapted, inputs):
+    del model_state
+    return head.outputs(adapted.linear, embedding.query(params, adapted.model_state, inputs))
+
+  return adapt, predict

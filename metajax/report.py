@@ -20,7 +20,7 @@ _NOTES = 20  # at most so many on what the data set lacks; its manifest has all
 # protocol by itself, and in which form the network gets to see the same examples.
 _NO_PROTOCOL = (
   *('group', 'name', 'way', 'shot', 'query_shot', 'tasks', 'placement', 'augment', 'normalize', 'oracle'),
-  'train_per_class',
+  *('train_per_class', 'batch', 'hard_updates', 'random_updates'),
 )
 
 FOUND = ('batch_norm', 'dataset_notes')  # what of the protocol is no setting, but found when a run is evaluated
@@ -44,7 +44,8 @@ def test(config, experiment, state, workdir, checkpoints):
   classification = 'accuracy' in summary
   result = {name: float(value[-1] if value.ndim else value) for name, value in summary.items()}
   result |= {'episodes': faced['episodes'], 'way': faced['way'] if classification else None}
-  result |= {'shot': faced['shot'], 'query_shot': faced['query_shot'], 'inner_steps': each['inner_steps']}
+  result |= {'shot': faced['shot'], 'query_shot': faced['query_shot']}
+  result |= {name: each.get(name) for name in ('inner_steps', 'head', 'head_c')}
   if classification:
     result['batch_norm'] = faced['batch_norm']
     result['classes'] = experiment.sources['test'].num_classes
@@ -184,12 +185,18 @@ def protocol(config):
   return json.loads(json.dumps(of_test))  # as it comes back from a file
 
 
-def inner_loop(config):
-  """The inner loop's settings in evaluation; None for those that the algorithm has not, 'learned' for step sizes."""
+def adaptation(config):
+  """How a run adapts in evaluation: its inner loop's settings and its head.
+
+  None for those that there are not, 'learned' for step sizes that are. The head is that of `config.eval`.
+  """
+  if config.eval.head:
+    head = {name: config.eval[name] for name in ('head', 'head_c', 'head_normalize')}
+    return {**dict.fromkeys(config_lib.OF_INNER_LOOP), **head}
   settings = {name: _chosen(config, 'algorithm', name) for name in config_lib.OF_INNER_LOOP}
   if config.algorithm.get('learned_lr', 'no') != 'no':
     settings['inner_lr'] = 'learned'
-  return settings
+  return settings | {'head': None}
 
 
 def _chosen(config, group, name):
@@ -207,7 +214,7 @@ def episode_results(config, experiment, state, values):
 
   Returns:
     a dict of JSON's types: 'protocol', what `protocol` returns and besides 'batch_norm' (None in regression) and
-    'dataset_notes', all that the data set lacks; 'inner_steps', 'inner_lr', 'checkpoint_step'; and 'accuracy'
+    'dataset_notes', all that the data set lacks; what `adaptation` returns, 'checkpoint_step'; and 'accuracy'
     (fractions), in regression 'loss', of each episode after the last inner step, a list as long as there are episodes.
   """
   quantity = 'accuracy' if 'accuracy' in values else 'loss'
@@ -215,7 +222,7 @@ def episode_results(config, experiment, state, values):
   found = batch_norm if quantity == 'accuracy' else None, list(getattr(experiment.splits['test'], 'notes', ()))
   return {
     'protocol': {**protocol(config), **dict(zip(FOUND, found, strict=True))},
-    **inner_loop(config),
+    **adaptation(config),
     'checkpoint_step': int(state.step),
     quantity: values[quantity].reshape(config.eval.episodes, -1)[:, -1].tolist(),
   }

@@ -60,7 +60,7 @@ def train_step(state, constants, local, *, experiment, tasks, phase=0):
   if hard := experiment.hard:
     positions, batch = local
     rngs = jax.vmap(outer_loop.task_rngs, (None, 0))(jax.random.fold_in(rng_tasks, _OF_HARD_TASKS), positions)
-    local = positions, hard.redraw(state.hard, state.step, batch, rngs)
+    local = positions, jax.vmap(hard.redraw, (None, None, 0, 0))(state.hard, state.step, batch, rngs)
   episodes_of = functools.partial(experiment.sources['train'].decode, resident)
   meta_batch = dict(episodes=episodes_of, local=local, rng=rng_tasks, tasks=tasks)
 

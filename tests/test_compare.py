@@ -28,7 +28,7 @@ def make(tmp_path, cache):
     workdir.keep_config(folder, given)
     results = {
       'protocol': {**report.protocol(given), 'batch_norm': batch_norm, 'dataset_notes': list(notes)},
-      **report.inner_loop(given),
+      **report.adaptation(given),
       'checkpoint_step': 6,
       quantity: np.float32(values).tolist(),
     }

@@ -42,7 +42,7 @@ def leave(arguments, values=None, ensemble=None):
   workdir.keep_config(folder, given)
   each = {
     'protocol': {**report.protocol(given), 'batch_norm': 'transductive', 'dataset_notes': []},
-    **report.inner_loop(given),
+    **report.adaptation(given),
     'checkpoint_step': given.total_steps,
     'accuracy': values.tolist(),
   }
