@@ -17,8 +17,8 @@ from metajax.errors import UserError
 from metajax.types import Array
 
 _NEWTON_STEPS, _CG_STEPS = 30, 50  # at most
-# When Newton's method stops: the gradient's norm, over C times that of all features and ones for the bias. float32
-# tells it from rounding; so it must a tenth of it, which is where conjugate gradients stop.
+# Newton's method stops at this norm of the gradient, over c times that of all features and a 1 for each bias; conjugate
+# gradients stop at that share of the norm they began with. float32 still tells both, multiplied, from rounding.
 _TOLERANCE, _FORCING = 1e-5, 0.1
 _STEP_SIZES = np.float32([*0.25 ** np.arange(5), 0])  # from 0 on none is taken that makes things worse
 
@@ -63,7 +63,11 @@ def make(name, *, c=1.0, normalize=True):
     raise UserError(f'a head is one of {", ".join(fits)}, not {name!r}')
   if not 0 < c < np.inf:
     raise UserError(f'c = {c} of a head: a number above 0 is needed')
-  scaled = _unit if normalize or name == 'cosine' else jnp.asarray
+
+  def scaled(features):
+    features = jnp.asarray(features, jnp.float32)
+    return _unit(features) if normalize or name == 'cosine' else features
+
   return Head(
     fit=lambda features, targets, way: fits[name](scaled(features), targets, way),
     outputs=lambda linear, features: outputs(linear, scaled(features)),
