@@ -60,6 +60,7 @@ def objective(kernel, bias, x, targets, c):
     ((5,) * 20, 64, 3.0),
     ((2, 9, 13), 6, 100.0),  # more examples than features, not separable
     ((20, 3, 9), 40, 100.0),
+    ((1, 2, 40), 2, 1e3),  # whole steps of Newton's method do not end
   ],
 )
 def test_logistic_regression_is_that_of_scikit_learn(counts, d, c):
@@ -69,8 +70,8 @@ def test_logistic_regression_is_that_of_scikit_learn(counts, d, c):
     reference = LogisticRegression(C=c, tol=1e-8, max_iter=10000).fit(np.float64(x), y)
     assert (outputs.argmax(axis=1) == reference.predict(q)).all()
     value, *gradients = objective(kernel, bias, x, y, c)
-    assert value <= (1 + 1e-6) * objective(reference.coef_.T, reference.intercept_, x, y, c)[0]
-    assert max(np.linalg.norm(g) for g in gradients) < 3e-5 * c * len(x) ** 0.5
+    assert value <= (1 + 1e-5) * objective(reference.coef_.T, reference.intercept_, x, y, c)[0]
+    assert max(np.linalg.norm(g) for g in gradients) < 1e-4 * c * len(x) ** 0.5
 
 
 def test_two_classes_are_those_of_scikit_learn_with_twice_c():
