@@ -60,7 +60,7 @@ def objective(kernel, bias, x, targets, c):
     ((5,) * 20, 64, 3.0),
     ((2, 9, 13), 6, 100.0),  # more examples than features, not separable
     ((20, 3, 9), 40, 100.0),
-    ((1, 2, 40), 2, 1e3),  # whole steps of Newton's method do not end
+    ((1, 2, 40), 2, 1e3),  # rank 2 of 43
   ],
 )
 def test_logistic_regression_is_that_of_scikit_learn(counts, d, c):
