@@ -17,10 +17,10 @@ from metajax.errors import UserError
 from metajax.types import Array
 
 _NEWTON_STEPS, _CG_STEPS = 30, 50  # at most
-# When Newton's method stops: the gradient's norm, over C times that of all features and ones for the bias. float32
-# tells it from rounding; so it must a tenth of it, which is where conjugate gradients stop.
+# Newton's method stops at this norm of the gradient, over c times that of all features and a 1 for each bias; conjugate
+# gradients stop at that share of the norm they began with. float32 still tells both, multiplied, from rounding.
 _TOLERANCE, _FORCING = 1e-5, 0.1
-_STEP_SIZES = np.float32([*0.5 ** np.arange(8), 0])  # from 0 on none is taken that makes things worse
+_STEP_SIZES = np.float32([*0.25 ** np.arange(5), 0])  # from 0 on none is taken that makes things worse
 
 
 class Linear(NamedTuple):
@@ -63,7 +63,11 @@ def make(name, *, c=1.0, normalize=True):
     raise UserError(f'a head is one of {", ".join(fits)}, not {name!r}')
   if not 0 < c < np.inf:
     raise UserError(f'c = {c} of a head: a number above 0 is needed')
-  scaled = unit if normalize or name == 'cosine' else jnp.asarray
+
+  def scaled(features):
+    features = jnp.asarray(features, jnp.float32)
+    return unit(features) if normalize or name == 'cosine' else features
+
   return Head(
     fit=lambda features, targets, way: fits[name](scaled(features), targets, way),
     outputs=lambda linear, features: outputs(linear, scaled(features)),
@@ -108,96 +112,87 @@ def _ridge(features, targets, way, c):
   return linear(_product(x.T, solve(labels - bias)) if few else solve(_product(x.T, labels - bias)), bias)
 
 
-class _Point(NamedTuple):
-  """Where Newton's method stands."""
-
-  weights: Array
-  image: Array  # of the weights
-  probabilities: Array  # (n, way)
-  gradient: Array  # like the weights
-  squared_norm: Array  # of the gradient
-
-
 def _logistic_regression(features, targets, way, c):
   """Newton's method with conjugate gradients.
 
-  The minimiser is a sum of examples, kernel = x^T a, and so is every gradient on the way: `weights` are the
-  coefficients a (n, way), and the bias as one more row. Only their `image` is ever needed besides, products with the
-  Gram matrix x x^T (n, n), and no factor of it: a column of weights has the length of the kernel that it stands for, in
-  <u, v> = sum(u * image(v)).
+  The minimiser is a sum of examples, kernel = x^T a, and so is every gradient on the way: they are vectors of the
+  coefficients a (n, way), and the bias as one more row. Besides, only their image is needed, products with the Gram
+  matrix x x^T (n, n), and no factor of it: in <u, v> = sum(u * image of v) a vector has the length of the kernel and
+  bias that it stands for. A pair is (2, n + 1, way), a vector and its image.
   """
   x, linear = _centred(features)
   labels = jax.nn.one_hot(targets, way)
   n, d = x.shape
   gram = _product(x, x.T) if n <= 2 * d else None  # of many examples two products cost less
 
-  def image(weights):
-    a, bias = weights[:-1], weights[-1:]
-    return jnp.concatenate([_product(x, _product(x.T, a)) if gram is None else _product(gram, a), bias])
+  def pair(vector):
+    a, bias = vector[:-1], vector[-1:]
+    image = _product(x, _product(x.T, a)) if gram is None else _product(gram, a)
+    return jnp.stack([vector, jnp.concatenate([image, bias])])
 
   def logits(image):
     return image[..., :-1, :] + image[..., -1:, :]
 
-  def derivative(weights, of_logits):
+  def derivative(vector, of_logits):
     """Of the objective, or of its gradient, from that of the cross-entropies by the logits (n, way)."""
     mean = jnp.mean(of_logits, axis=0, keepdims=True)  # the centred features of all examples sum to nothing
-    return jnp.concatenate([weights[:-1] + c * (of_logits - mean), c * n * mean])
+    return jnp.concatenate([vector[:-1] + c * (of_logits - mean), c * n * mean])
 
-  def objective(weights, image):
-    penalty = jnp.sum((weights * image)[..., :-1, :], (-2, -1)) / 2
+  def objective(vector, image):
+    penalty = jnp.sum((vector * image)[..., :-1, :], (-2, -1)) / 2
     return penalty - c * jnp.sum(labels * jax.nn.log_softmax(logits(image)), (-2, -1))
 
-  def at(weights):
-    weights_image = image(weights)
-    probabilities = jax.nn.softmax(logits(weights_image))
-    gradient = derivative(weights, probabilities - labels)
-    return _Point(weights, weights_image, probabilities, gradient, jnp.sum(gradient * image(gradient)))
-
-  def hessian(point, vector, vector_image):
-    change = logits(vector_image)
-    p = point.probabilities
-    return derivative(vector, p * (change - jnp.sum(p * change, axis=-1, keepdims=True)))
-
   def step(state):
-    count, point = state
-    direction = _conjugate_gradients(functools.partial(hessian, point), image, -point.gradient, point.squared_norm)
-    # All sizes at once: logits are linear in the weights.
-    sizes = _STEP_SIZES[:, None, None]
-    values = objective(point.weights + sizes * direction, point.image + sizes * image(direction))
+    count, weights, gradient, _ = state
+    p = jax.nn.softmax(logits(weights[1]))
+
+    def hessian(vector, image):
+      change = logits(image)
+      return derivative(vector, p * (change - jnp.sum(p * change, axis=-1, keepdims=True)))
+
+    direction = _conjugate_gradients(hessian, pair, -gradient)
+    moved = weights + _STEP_SIZES[:, None, None, None] * direction  # by all sizes: logits are linear in the weights
+    values = objective(moved[:, 0], moved[:, 1])
     best = values <= jnp.min(values) + 1e-6 * values[-1]  # as far as float32 can tell
-    return count + 1, at(point.weights + jnp.asarray(_STEP_SIZES)[jnp.argmax(best)] * direction)
+    return at(count + 1, moved[jnp.argmax(best)])
+
+  def at(count, weights):
+    gradient = pair(derivative(weights[0], jax.nn.softmax(logits(weights[1])) - labels))
+    return count, weights, gradient, _squared_norm(gradient)
 
   scale = c**2 * (n + jnp.sum(jnp.square(x)))
 
   def unfinished(state):
-    count, point = state
-    return (count < _NEWTON_STEPS) & (point.squared_norm > _TOLERANCE**2 * scale)
+    count, *_, squared = state
+    return (count < _NEWTON_STEPS) & (squared > _TOLERANCE**2 * scale)
 
-  _, point = jax.lax.while_loop(unfinished, step, (0, at(jnp.zeros((n + 1, way)))))
-  return linear(_product(x.T, point.weights[:-1]), point.weights[-1])
+  _, (weights, _), *_ = jax.lax.while_loop(unfinished, step, at(0, jnp.zeros((2, n + 1, way))))
+  return linear(_product(x.T, weights[:-1]), weights[-1])
 
 
-def _conjugate_gradients(operator, image, target, squared_norm):
-  """Solves operator(v, image(v)) = target, roughly; squared_norm is the target's."""
+def _conjugate_gradients(operator, pair, target):
+  """Solves operator(*v) = target[0], roughly, for a pair v."""
 
   def step(state):
-    count, solution, rest, direction, direction_image, squared = state
-    product = operator(direction, direction_image)
-    # Where the objective is flat, as along equal biases, only rounding would say how far to go.
-    size = squared / jnp.maximum(jnp.sum(product * direction_image), 1e-6 * squared)
-    rest = rest - size * product
-    rest_image = image(rest)
-    after = jnp.sum(rest * rest_image)
-    turn = after / squared
-    solution = solution + size * direction
-    return count + 1, solution, rest, rest + turn * direction, rest_image + turn * direction_image, after
+    count, solution, rest, direction, squared = state
+    product = operator(*direction)
+    curvature = jnp.sum(product * direction[1])
+    sound = curvature > 1e-6 * squared  # else the objective is flat there, or this is rounding: no further
+    size = jnp.where(sound, squared / curvature, 0)
+    rest = pair(rest[0] - size * product)
+    after = jnp.where(sound, _squared_norm(rest), 0)
+    return count + 1, solution + size * direction, rest, rest + after / squared * direction, after
 
   def unfinished(state):
     count, *_, squared = state
-    return (count < _CG_STEPS) & (squared > _FORCING**2 * squared_norm)
+    return (count < _CG_STEPS) & (squared > _FORCING**2 * first)
 
-  start = 0, jnp.zeros_like(target), target, target, image(target), squared_norm
-  return jax.lax.while_loop(unfinished, step, start)[1]
+  first = _squared_norm(target)
+  return jax.lax.while_loop(unfinished, step, (0, jnp.zeros_like(target), target, target, first))[1]
+
+
+def _squared_norm(pair):
+  return jnp.sum(pair[0] * pair[1])
 
 
 class Fitted(NamedTuple):

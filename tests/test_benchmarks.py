@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 
-from benchmarks import augment, conversion, evaluation, maml_step, memory, parts, rivals, workload
+from benchmarks import augment, conversion, evaluation, heads, maml_step, memory, parts, rivals, workload
 
 TINY = ['--shape=omniglot', '--image=16x16x1', '--width=4', '--query_shot=2', '--inner_steps=2', '--tasks=2']
 train_step = functools.cache(workload.TrainStep)
@@ -126,6 +126,14 @@ def test_evaluation_beside_training(tmp_path):
   (row,) = results(evaluation.main, tmp_path, '--order=1', '--episodes=4', '--rounds=1')['rows']
   assert list(row['tasks_per_second']) == ['training, order 1', 'evaluation']
   assert row['evaluation_to_training'] > 0
+
+
+def test_heads_beside_scikit_learn(tmp_path):
+  path = tmp_path / 'results.json'
+  heads.main(['--shape=3x2', '--tasks=3', '--features=32', '--spread=0.5', '--rounds=1', f'--json={path}'])
+  (row,) = json.loads(path.read_text())['rows']
+  assert row['equal_predictions'] > 0.97 and row['ratio'] > 0
+  assert all(0.5 < accuracy < 1 for accuracy in row['accuracy'].values())
 
 
 def test_conversion_is_timed_and_its_memory_taken(tmp_path):
