@@ -5,7 +5,18 @@ import optax
 
 from metajax.errors import UserError
 
-_OPTIMIZERS = {'adam': optax.adam, 'adamw': optax.adamw, 'sgd': optax.sgd}
+
+def _radam(learning_rate, *, weight_decay, mask):
+  """RAdam (Liu et al. 2020), whose decay is apart from the gradient, as in torch_optimizer."""
+  # Adaptive where rho >= 5: it is 4.996 at the fifth meta-update and 5.994 at the sixth, to two digits in float32.
+  return optax.chain(
+    optax.scale_by_radam(threshold=5.5),
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+_OPTIMIZERS = {'adam': optax.adam, 'adamax': optax.adamax, 'adamw': optax.adamw, 'radam': _radam, 'sgd': optax.sgd}
 
 
 def make(
@@ -23,12 +34,14 @@ def make(
   weight_decay=0.0,
   clip=0.0,
   clamp=0.0,
+  head_factor=1.0,
 ):
   """Builds the transformation of meta-gradients.
 
   Args:
     total_steps: meta-updates over which a schedule runs.
-    name: adam, adamw or sgd.
+    name: adam, adamax, adamw, radam or sgd. Moments decay by 0.9 and 0.999; radam takes plain momentum, corrected for
+      its start, for five meta-updates.
     learning_rate: the first meta-update's step size.
     schedule: 'constant', 'cosine' (to `final_rate` at `total_steps`), 'linear' (likewise), or 'steps': after so many
       meta-updates as `boundaries` say, the step sizes that `rates` say.
@@ -36,14 +49,16 @@ def make(
     hold: meta-updates over which they keep a step size; MAML++ (Antoniou et al. 2019) has the cosine of an epoch's
       first meta-update for all of it.
     momentum, nesterov: of sgd.
-    weight_decay: of every parameter but learned inner step sizes. Of adam and sgd it is part of the gradient, as in
-      PyTorch; of adamw it is not.
+    weight_decay: of every parameter but learned inner step sizes. Of adam, adamax and sgd it is part of the gradient,
+      as in PyTorch; of adamw and radam it is not, as in PyTorch's and torch_optimizer's.
     clip: largest global norm of the meta-gradient; 0 for none.
     clamp: largest size of an entry of the meta-gradient, before `clip`; 0 for none. As in MAML++, entries of learned
       inner step sizes are left alone.
+    head_factor: step sizes of the top-level parameter 'head' times this.
 
   Raises:
-    UserError: an unknown name or schedule, or settings that do not go together.
+    UserError: an unknown name or schedule, or settings that do not go together; from `init`, parameters without a head
+      where it has a factor.
   """
   if name not in _OPTIMIZERS:
     raise UserError(f'name is one of {", ".join(_OPTIMIZERS)}, not {name!r}')
@@ -76,17 +91,19 @@ def make(
   if min(clip, clamp, weight_decay) < 0 or not 0 <= momentum < 1:
     found = f'clip = {clip}, clamp = {clamp}, weight_decay = {weight_decay}, momentum = {momentum}'
     raise UserError(f'{found}: out of range')
-  own = {
-    'adam': {},
-    'adamw': {'weight_decay': weight_decay, 'mask': _without_step_sizes},
-    'sgd': {'momentum': momentum or None, 'nesterov': nesterov},
-  }
+  if head_factor <= 0:
+    raise UserError(f'head_factor = {head_factor}: above 0 is needed')
+  apart = {'weight_decay': weight_decay, 'mask': _without_step_sizes}
+  own = {'adamw': apart, 'radam': apart, 'sgd': {'momentum': momentum or None, 'nesterov': nesterov}}.get(name, {})
   transforms = [optax.masked(optax.clip(clamp), _without_step_sizes)] if clamp else []
   if clip:
     transforms.append(optax.clip_by_global_norm(clip))
-  if weight_decay and name != 'adamw':
+  if weight_decay and 'weight_decay' not in own:
     transforms.append(optax.add_decayed_weights(weight_decay, _without_step_sizes))
-  return optax.chain(*transforms, _OPTIMIZERS[name](schedules[schedule](), **own[name]))
+  transforms.append(_OPTIMIZERS[name](schedules[schedule](), **own))
+  if head_factor != 1:
+    transforms.append(optax.masked(optax.scale(head_factor), _head_alone))
+  return optax.chain(*transforms)
 
 
 def _held(schedule, hold):
@@ -98,3 +115,10 @@ def _without_step_sizes(params):
   """False at learned inner step sizes, True at all other parameters."""
   step_sizes = [(jax.tree_util.DictKey(key),) for key in ('inner_lr', 'log_inner_lr')]
   return jax.tree.map_with_path(lambda path, _: path[:1] not in step_sizes, params)
+
+
+def _head_alone(params):
+  """True at the head; task weights, which an outer optimiser may move as well, have none."""
+  if isinstance(params, dict) and 'head' not in params:
+    raise UserError(f"config.optimizer.head_factor: there is no parameter 'head', only {', '.join(sorted(params))}")
+  return jax.tree.map_with_path(lambda path, _: path[:1] == (jax.tree_util.DictKey('head'),), params)
