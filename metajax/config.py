@@ -30,6 +30,7 @@ TOP_LEVEL = dict(
   eval_every=1000,
   checkpoint_every=1000,
   chunk='auto',  # tasks that one `vmap` takes at once; the rest by a scan
+  stop_patience=0,  # regular validations without a better score than before, after which training ends; 0: never
   profile='',  # meta-updates to trace, such as '10:20'
   init_from='',  # workdir of a trained run, whose best weights are the initial ones
 )

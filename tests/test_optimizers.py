@@ -99,6 +99,23 @@ def test_a_factor_of_no_head_is_refused():
   assert len(tx.init(jnp.ones(4)))  # task weights
 
 
+@pytest.mark.parametrize('name', optimizers._OPTIMIZERS)
+def test_a_plateau_s_factor_is_one_of_the_step_size_with_every_optimiser(name):
+  settings = dict(name=name, learning_rate=0.01, weight_decay=0.5)
+  plain, other = optimizers.make(1, **settings), optimizers.make(1, schedule='plateau', **settings)
+  params, grads = jnp.array([2.0, -3.0]), jnp.array([0.3, 0.1])
+  (a, _), (b, state) = (tx.update(grads, tx.init(params), params) for tx in (plain, other))
+  np.testing.assert_array_equal(a, b)
+  nested = optimizers.with_factor({'factor': 3, 'outer': (other.init(params), state)}, 0.25)
+  assert nested['factor'] == 3
+  for state in nested['outer']:
+    assert state[-1].factor.dtype == np.float32
+  step, after = other.update(grads, nested['outer'][0], params)
+  np.testing.assert_allclose(step, a / 4, rtol=1e-6)
+  assert after[-1].factor == 0.25
+  assert not any(isinstance(x, optimizers.Plateau) for x in plain.init(params))
+
+
 def step_sizes(updates, total_steps, **settings):
   """That of the meta-update after each of so many `updates`."""
   tx = optimizers.make(total_steps, name='sgd', **settings)
@@ -159,6 +176,9 @@ def test_weight_decay_leaves_inner_step_sizes_alone(name):
     (dict(name='sgd', momentum=1.0), 'out of range'),
     (dict(weight_decay=-1.0), 'out of range'),
     (dict(head_factor=0.0), 'head_factor = 0.0: above 0'),
+    (dict(plateau_patience=3), "of schedule = 'plateau', not of 'constant'"),
+    (dict(schedule='plateau', plateau_factor=1.0), 'plateau_factor = 1.0'),
+    (dict(schedule='plateau', hold=5), "not of 'plateau'"),
     (dict(clamp=-1.0), 'clamp = -1.0.* out of range'),
     (dict(final_rate=1e-5), "not of 'constant'"),
     (dict(schedule='steps', boundaries=(5,), rates=(0.1,), hold=5), "not of 'steps'"),
