@@ -177,7 +177,7 @@ def read(folder, config, data_dir):
       try:
         experiment = experiment_lib.make(config, data_dir, ('train', 'test'))
         state = train.load_best(checkpoints, experiment, config)
-        values = report.evaluate_test(config, experiment, state)
+        values = report.make_test(config, experiment)(state)
       except UserError as error:
         raise UserError(f'{folder}: {error}') from error
       result = report.episode_results(config, experiment, state, values)

@@ -54,6 +54,7 @@ _EVAL = dict(
   shot=int,
   query_shot=int,
   augment=(),  # of validation and test: none unless asked for, whatever training has
+  last=False,  # the last checkpoint as well as the best by validation: numbers of its own
   ensemble=0,  # of so many of the best checkpoints by validation, the mean of their outputs: a number of its own
 )
 OF_INNER_LOOP = ('inner_steps', 'inner_lr')  # settings of `eval` that only some algorithms have
