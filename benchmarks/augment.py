@@ -21,7 +21,11 @@ from metajax.data import augment, episodes
 from metajax.data.table import ClassTable
 
 STANDARD = ('crop', 'jitter', 'flip')  # of MetaOptNet and what followed it
-SEQUENCES = ((), ('flip',), ('crop',), ('rotate',), ('jitter',), STANDARD, (*STANDARD, 'rotate'))
+RESIZED = ('resized_crop', 'jitter', 'flip')
+SEQUENCES = (
+  *((), ('flip',), ('crop',), ('rotate',), ('resized_crop',), ('jitter',)),
+  *(STANDARD, (*STANDARD, 'rotate'), RESIZED),
+)
 STEPS = ((), STANDARD)  # timed in a meta-update
 _CLASSES, _IMAGES = 64, 60  # of the table
 
@@ -64,6 +68,11 @@ def _transform(pixels, names):
       pad = min(8, w // 8)
       x, y = random.randint(0, 2 * pad), random.randint(0, 2 * pad)
       image = ImageOps.expand(image, pad).crop((x, y, x + w, y + h))
+    elif name == 'resized_crop':
+      area, aspect = random.uniform(0.08, 1) * w * h, random.uniform(3 / 4, 4 / 3)
+      width, height = min(w, round((area * aspect) ** 0.5)), min(h, round((area / aspect) ** 0.5))
+      x, y = random.randint(0, w - width), random.randint(0, h - height)
+      image = image.crop((x, y, x + width, y + height)).resize((w, h), Image.Resampling.BILINEAR)
     elif name == 'flip' and random.random() < 0.5:
       image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     elif name == 'rotate':

@@ -34,7 +34,7 @@ from absl import flags
 from scipy import special
 
 from metajax import config as config_lib
-from metajax import evaluate, figures, parallel, report, train
+from metajax import evaluate, figures, history, parallel, report, train
 from metajax import experiment as experiment_lib
 from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
@@ -177,7 +177,7 @@ def read(folder, config, data_dir):
       try:
         experiment = experiment_lib.make(config, data_dir, ('train', 'test'))
         state = train.load_best(checkpoints, experiment, config)
-        values = report.evaluate_test(config, experiment, state)
+        values = report.make_test(config, experiment)(state)
       except UserError as error:
         raise UserError(f'{folder}: {error}') from error
       result = report.episode_results(config, experiment, state, values)
@@ -398,7 +398,7 @@ def notes(rows):
     )
   for row in rows:
     for run in row.runs:
-      if run.latest_step is not None and run.latest_step < run.config.total_steps:
+      if run.latest_step is not None and not history.finished(run.workdir, run.config, run.latest_step):
         at = f'step {run.latest_step} of {run.config.total_steps}'
         lines.append(f'{row.name}: {run.workdir} is not trained to its end ({at})')
     others = {key for run in row.runs for key in config_lib.differences(row.runs[0].config, run.config)}

@@ -30,6 +30,7 @@ TOP_LEVEL = dict(
   eval_every=1000,
   checkpoint_every=1000,
   chunk='auto',  # tasks that one `vmap` takes at once; the rest by a scan
+  stop_patience=0,  # regular validations without a better score than before, after which training ends; 0: never
   profile='',  # meta-updates to trace, such as '10:20'
   init_from='',  # workdir of a trained run, whose best weights are the initial ones
 )
@@ -59,6 +60,7 @@ _EVAL = dict(
   head='',  # fitted to the features of the support images in place of the learner's own way, see `metajax.heads`
   head_c=1.0,  # its c
   head_normalize=True,  # whether it sees features of length 1
+  last=False,  # the last checkpoint as well as the best by validation: numbers of its own
   ensemble=0,  # of so many of the best checkpoints by validation, the mean of their outputs: a number of its own
 )
 OF_INNER_LOOP = ('inner_steps', 'inner_lr')  # settings of `eval` that only some algorithms have

@@ -1,11 +1,32 @@
 """The outer optimiser, from Optax."""
 
+from typing import Any, NamedTuple
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from metajax.errors import UserError
 
-_OPTIMIZERS = {'adam': optax.adam, 'adamw': optax.adamw, 'sgd': optax.sgd}
+
+class Plateau(NamedTuple):
+  """The state of schedule = 'plateau', which the loop sets by `with_factor`; an optimiser leaves it as it is."""
+
+  factor: Any  # () float32, that of the step size
+
+
+def _radam(learning_rate, *, weight_decay, mask):
+  """RAdam (Liu et al. 2020), whose decay is apart from the gradient, as in torch_optimizer."""
+  # Adaptive where rho >= 5: it is 4.996 at the fifth meta-update and 5.994 at the sixth, to two digits in float32.
+  return optax.chain(
+    optax.scale_by_radam(threshold=5.5),
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+_OPTIMIZERS = {'adam': optax.adam, 'adamax': optax.adamax, 'adamw': optax.adamw, 'radam': _radam, 'sgd': optax.sgd}
 
 
 def make(
@@ -18,32 +39,39 @@ def make(
   rates=(),
   final_rate=0.0,
   hold=1,
+  plateau_factor=0.1,
+  plateau_patience=4,
   momentum=0.0,
   nesterov=False,
   weight_decay=0.0,
   clip=0.0,
   clamp=0.0,
+  head_factor=1.0,
 ):
   """Builds the transformation of meta-gradients.
 
   Args:
     total_steps: meta-updates over which a schedule runs.
-    name: adam, adamw or sgd.
+    name: adam, adamax, adamw, radam or sgd. Moments decay by 0.9 and 0.999; radam takes plain momentum, corrected for
+      its start, for five meta-updates.
     learning_rate: the first meta-update's step size.
-    schedule: 'constant', 'cosine' (to `final_rate` at `total_steps`), 'linear' (likewise), or 'steps': after so many
-      meta-updates as `boundaries` say, the step sizes that `rates` say.
+    schedule: 'constant', 'cosine' (to `final_rate` at `total_steps`), 'linear' (likewise), 'steps': after so many
+      meta-updates as `boundaries` say, the step sizes that `rates` say; or 'plateau': falls with validation.
     final_rate: the step size that 'cosine' and 'linear' approach.
     hold: meta-updates over which they keep a step size; MAML++ (Antoniou et al. 2019) has the cosine of an epoch's
       first meta-update for all of it.
+    plateau_factor, plateau_patience: of 'plateau', see `history.plateau_factor`.
     momentum, nesterov: of sgd.
-    weight_decay: of every parameter but learned inner step sizes. Of adam and sgd it is part of the gradient, as in
-      PyTorch; of adamw it is not.
+    weight_decay: of every parameter but learned inner step sizes. Of adam, adamax and sgd it is part of the gradient,
+      as in PyTorch; of adamw and radam it is not, as in PyTorch's and torch_optimizer's.
     clip: largest global norm of the meta-gradient; 0 for none.
     clamp: largest size of an entry of the meta-gradient, before `clip`; 0 for none. As in MAML++, entries of learned
       inner step sizes are left alone.
+    head_factor: step sizes of the top-level parameter 'head' times this.
 
   Raises:
-    UserError: an unknown name or schedule, or settings that do not go together.
+    UserError: an unknown name or schedule, or settings that do not go together; from `init`, parameters without a head
+      where it has a factor.
   """
   if name not in _OPTIMIZERS:
     raise UserError(f'name is one of {", ".join(_OPTIMIZERS)}, not {name!r}')
@@ -56,6 +84,7 @@ def make(
     'constant': lambda: learning_rate,
     'cosine': lambda: _held(optax.cosine_decay_schedule(learning_rate, total_steps, share), hold),
     'linear': lambda: _held(optax.linear_schedule(learning_rate, final_rate, total_steps), hold),
+    'plateau': lambda: learning_rate,
     'steps': lambda: optax.join_schedules([optax.constant_schedule(r) for r in (learning_rate, *rates)], boundaries),
   }
   if schedule not in schedules:
@@ -73,20 +102,49 @@ def make(
     raise UserError('nesterov is a kind of momentum: give momentum as well')
   if (final_rate or hold != 1) and schedule not in ('cosine', 'linear'):
     raise UserError(f"final_rate and hold are of schedule = 'cosine' or 'linear', not of {schedule!r}")
+  if (plateau_factor, plateau_patience) != (0.1, 4) and schedule != 'plateau':
+    raise UserError(f"plateau_factor and plateau_patience are of schedule = 'plateau', not of {schedule!r}")
+  if not 0 < plateau_factor < 1 or plateau_patience < 0:
+    raise UserError(f'plateau_factor = {plateau_factor}, plateau_patience = {plateau_patience}: out of range')
   if min(clip, clamp, weight_decay) < 0 or not 0 <= momentum < 1:
     found = f'clip = {clip}, clamp = {clamp}, weight_decay = {weight_decay}, momentum = {momentum}'
     raise UserError(f'{found}: out of range')
-  own = {
-    'adam': {},
-    'adamw': {'weight_decay': weight_decay, 'mask': _without_step_sizes},
-    'sgd': {'momentum': momentum or None, 'nesterov': nesterov},
-  }
+  if head_factor <= 0:
+    raise UserError(f'head_factor = {head_factor}: above 0 is needed')
+  apart = {'weight_decay': weight_decay, 'mask': _without_step_sizes}
+  own = {'adamw': apart, 'radam': apart, 'sgd': {'momentum': momentum or None, 'nesterov': nesterov}}.get(name, {})
   transforms = [optax.masked(optax.clip(clamp), _without_step_sizes)] if clamp else []
   if clip:
     transforms.append(optax.clip_by_global_norm(clip))
-  if weight_decay and name != 'adamw':
+  if weight_decay and 'weight_decay' not in own:
     transforms.append(optax.add_decayed_weights(weight_decay, _without_step_sizes))
-  return optax.chain(*transforms, _OPTIMIZERS[name](schedules[schedule](), **own[name]))
+  transforms.append(_OPTIMIZERS[name](schedules[schedule](), **own))
+  if head_factor != 1:
+    transforms.append(optax.masked(optax.scale(head_factor), _head_alone))
+  if schedule == 'plateau':
+    transforms.append(_times_factor())
+  return optax.chain(*transforms)
+
+
+def with_factor(state, factor):
+  """A pytree in which the states of optimisers with schedule = 'plateau' have that factor; NumPy there."""
+
+  def of_plateau(x):
+    return isinstance(x, Plateau)
+
+  return jax.tree.map(lambda x: Plateau(np.float32(factor)) if of_plateau(x) else x, state, is_leaf=of_plateau)
+
+
+def _times_factor():
+  def init(params):
+    del params
+    return Plateau(jnp.float32(1))
+
+  def update(updates, state, params=None):
+    del params
+    return optax.tree.scale(state.factor, updates), state
+
+  return optax.GradientTransformation(init, update)
 
 
 def _held(schedule, hold):
@@ -98,3 +156,10 @@ def _without_step_sizes(params):
   """False at learned inner step sizes, True at all other parameters."""
   step_sizes = [(jax.tree_util.DictKey(key),) for key in ('inner_lr', 'log_inner_lr')]
   return jax.tree.map_with_path(lambda path, _: path[:1] not in step_sizes, params)
+
+
+def _head_alone(params):
+  """True at the head; task weights, which an outer optimiser may move as well, have none."""
+  if isinstance(params, dict) and 'head' not in params:
+    raise UserError(f"config.optimizer.head_factor: there is no parameter 'head', only {', '.join(sorted(params))}")
+  return jax.tree.map_with_path(lambda path, _: path[:1] == (jax.tree_util.DictKey('head'),), params)

@@ -29,20 +29,23 @@ FOUND = ('batch_norm', 'dataset_notes')  # what of the protocol is no setting, b
 def test(config, experiment, state, workdir, checkpoints):
   """Evaluates `state` on the test episodes; process 0 writes the results and figures, and prints the test line.
 
-  They are `test_episodes.json`, see `episode_results`, and when that is there `test.json`. With `eval.ensemble` both
-  have the ensemble's numbers besides, see `evaluate_ensemble`, and their line stands before that of `state` alone.
+  They are `test_episodes.json`, see `episode_results`, and when that is there `test.json`. With `eval.last` and
+  `eval.ensemble` both have the numbers of the last checkpoint, see `evaluate_last`, and of the ensemble, see
+  `evaluate_ensemble`, besides, and their lines stand before that of `state`.
   """
   start = time.perf_counter()
-  values = evaluate_test(config, experiment, state)
+  test_fn = make_test(config, experiment)
+  values = test_fn(state)
   seconds = time.perf_counter() - start
+  of_last, last_step = evaluate_last(config, checkpoints, test_fn, state, values)
   of_ensemble, members = evaluate_ensemble(config, experiment, checkpoints, state)
   if not processes.is_first():
     return
 
-  each = {**episode_results(config, experiment, state, values), **ensemble_episode_results(of_ensemble, members)}
+  each = episode_results(config, experiment, state, values)
   faced, summary = each['protocol'], evaluate.summarise(values)
   classification = 'accuracy' in summary
-  result = {name: float(value[-1] if value.ndim else value) for name, value in summary.items()}
+  result = _after_last_step(summary)
   result |= {'episodes': faced['episodes'], 'way': faced['way'] if classification else None}
   result |= {'shot': faced['shot'], 'query_shot': faced['query_shot']}
   result |= {name: each.get(name) for name in ('inner_steps', 'head', 'head_c')}
@@ -61,9 +64,13 @@ def test(config, experiment, state, workdir, checkpoints):
     'episode_seed': faced['episode_seed'],
     'augment': faced['augment'] or None,
   }
-  for name, value in evaluate.summarise(of_ensemble).items():
-    result[f'ensemble_{name}'] = float(value)
-  result['ensemble_checkpoints'] = members or None
+  for prefix, others, which in (
+    ('last_', of_last, {'last_checkpoint_step': last_step}),
+    ('ensemble_', of_ensemble, {'ensemble_checkpoints': members}),
+  ):
+    if others:
+      each |= {**_of_each_episode(others, prefix), **which}
+      result |= {prefix + name: value for name, value in _after_last_step(evaluate.summarise(others)).items()} | which
   if summary['loss'].ndim:
     result['by_inner_step'] = {name: value.tolist() for name, value in summary.items()}
   result = {name: value for name, value in result.items() if value is not None}
@@ -73,19 +80,19 @@ def test(config, experiment, state, workdir, checkpoints):
   draw(experiment, state, result, Path(workdir) / 'figures')
   print(f'figures: {Path(workdir) / "figures"}')
   writer.add_figures(workdir)
+  if of_last:
+    print(last_line(result))
   if members:
     print(ensemble_line(result))
   print(test_line(result), flush=True)
 
 
-def evaluate_test(config, experiment, state):
-  """Evaluates `state` on the test episodes.
+def make_test(config, experiment):
+  """Compiles the test.
 
   Returns:
-    {metric: (episodes,) float32, or (episodes, inner steps + 1) where the algorithm has an inner loop to watch}.
-
-  Raises:
-    UserError: a loss is not finite.
+    test(state) -> {metric: (episodes,) float32, or (episodes, inner steps + 1) where the algorithm has an inner loop to
+    watch}, of a TrainState on the devices; it raises UserError where a loss is not finite.
   """
   evaluate_fn = evaluate.make(
     experiment.evaluation,
@@ -96,7 +103,30 @@ def evaluate_test(config, experiment, state):
     chunk=config.chunk,
     trajectory=experiment.evaluation.trajectory is not None,
   )
-  return _finite(evaluate_fn(state.params, state.model_state, experiment.resident))
+  return lambda state: _finite(evaluate_fn(state.params, state.model_state, experiment.resident))
+
+
+def evaluate_last(config, checkpoints, test_fn, best, values):
+  """Evaluates the last checkpoint that can be read on the test episodes.
+
+  Args:
+    config: complete; without `eval.last` nothing is done.
+    checkpoints: of the run; of several processes all call this, and process 0 alone has them.
+    test_fn: see `make_test`.
+    best: TrainState that was evaluated.
+    values: what came of it, which serves again where `best` is the last.
+
+  Returns:
+    what `test_fn` returns; the step of the checkpoint. Empty and None where it is not asked for.
+
+  Raises:
+    UserError: no checkpoint can be read, or a loss is not finite.
+  """
+  if not config.eval.last:
+    return {}, None
+  restored = processes.arrays_from_first(lambda: checkpoints.restore_first_sound(checkpoints.steps(), best)[0], best)
+  step = int(restored.step)
+  return (values if step == int(best.step) else test_fn(parallel.replicate(restored))), step
 
 
 def evaluate_ensemble(config, experiment, checkpoints, like):
@@ -210,38 +240,31 @@ def episode_results(config, experiment, state, values):
     config: complete.
     experiment: of the config.
     state: TrainState that was evaluated.
-    values: see `evaluate_test`.
+    values: see `make_test`.
 
   Returns:
     a dict of JSON's types: 'protocol', what `protocol` returns and besides 'batch_norm' (None in regression) and
     'dataset_notes', all that the data set lacks; what `adaptation` returns, 'checkpoint_step'; and 'accuracy'
     (fractions), in regression 'loss', of each episode after the last inner step, a list as long as there are episodes.
   """
-  quantity = 'accuracy' if 'accuracy' in values else 'loss'
   batch_norm = config.algorithm.get('batch_norm') if state.model_state else 'no'
-  found = batch_norm if quantity == 'accuracy' else None, list(getattr(experiment.splits['test'], 'notes', ()))
+  found = batch_norm if 'accuracy' in values else None, list(getattr(experiment.splits['test'], 'notes', ()))
   return {
     'protocol': {**protocol(config), **dict(zip(FOUND, found, strict=True))},
     **adaptation(config),
     'checkpoint_step': int(state.step),
-    quantity: values[quantity].reshape(config.eval.episodes, -1)[:, -1].tolist(),
+    **_of_each_episode(values),
   }
 
 
-def ensemble_episode_results(values, members):
-  """What `test_episodes.json` holds of an ensemble: nothing if there is none.
-
-  Args:
-    values: see `evaluate_ensemble`.
-    members: likewise.
-
-  Returns:
-    'ensemble_accuracy', in regression 'ensemble_loss', of each episode, and 'ensemble_checkpoints', the members' steps.
-  """
-  if not members:
-    return {}
+def _of_each_episode(values, prefix=''):
+  """{'PREFIXaccuracy', in regression 'PREFIXloss': of each episode after the last inner step, a list}."""
   quantity = 'accuracy' if 'accuracy' in values else 'loss'
-  return {f'ensemble_{quantity}': values[quantity].tolist(), 'ensemble_checkpoints': members}
+  return {prefix + quantity: values[quantity].reshape(len(values[quantity]), -1)[:, -1].tolist()}
+
+
+def _after_last_step(summary):
+  return {name: float(value[-1] if value.ndim else value) for name, value in summary.items()}
 
 
 def test_line(result):
@@ -256,6 +279,11 @@ def test_line(result):
     protocol.append(f'augmented by {" and ".join(result["augment"])}')
   protocol.append(f'checkpoint {result["checkpoint_step"]}')
   return f'test: {_number(result)} ({", ".join(protocol)})'
+
+
+def last_line(result):
+  """The line of the last checkpoint, which stands above that of the best, from the contents of `test.json`."""
+  return f'last checkpoint: {_number(result, "last_")} (checkpoint {result["last_checkpoint_step"]}; protocol as below)'
 
 
 def ensemble_line(result):

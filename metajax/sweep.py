@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from metajax import compare, parallel
+from metajax import compare, history, parallel
 from metajax import config as config_lib
 from metajax import workdir as workdir_lib
 from metajax.errors import UserError, first_line
@@ -215,11 +215,12 @@ def slurm_command(argv, cells):
 
 def finished(cell):
   """Whether a cell, whose folder `plan` found to be its own, is trained to its end and tested."""
-  folder, steps = Path(cell.workdir), cell.config.total_steps
+  folder = Path(cell.workdir)
+  steps = [int(path.name) for path in (folder / 'checkpoints').glob('[0-9]*') if path.name.isdigit()]
   # A test alone is no proof: one of an unfinished run may have been asked for.
-  if not (folder / 'test.json').exists() or not (folder / 'checkpoints' / str(steps)).is_dir():
+  if not (folder / 'test.json').exists() or not steps or not history.finished(folder, cell.config, max(steps)):
     return False
-  return workdir_lib.read_config(folder).total_steps == steps
+  return workdir_lib.read_config(folder).total_steps == cell.config.total_steps
 
 
 def _become(cells, number):

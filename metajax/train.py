@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from metajax import config as config_lib
-from metajax import evaluate, keys, outer_loop, parallel, processes
+from metajax import evaluate, history, keys, optimizers, outer_loop, parallel, processes
 from metajax import experiment as experiment_lib
 from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
@@ -157,7 +157,8 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
 
 
 def train(config, experiment, workdir, checkpoints, stop):
-  """The loop: from the last checkpoint, or from nothing, to `config.total_steps`."""
+  """The loop: from the last checkpoint, or from nothing, to `config.total_steps` or where validation ends it."""
+  history.check(config, experiment.sources)
   profile = Profile(config.profile if processes.is_first() else '', config.total_steps, workdir)
   state = init_state(experiment, config.seed)
   steps = processes.from_first(checkpoints.steps)
@@ -178,6 +179,10 @@ def train(config, experiment, workdir, checkpoints, stop):
   done, total, tasks = int(state.step), config.total_steps, config.data.tasks
   if done >= total:
     print(f'{workdir} is trained to step {done} already')
+    return
+  scores, patience = processes.from_first(lambda: history.scores(workdir, config, done)), config.stop_patience
+  if history.exhausted(scores, patience):
+    print(f'{workdir} ended early, at step {done} of {total}: no better validation in {patience} evaluations')
     return
   processes.on_first(workdir_lib.forget_test, workdir)
 
@@ -230,13 +235,33 @@ def train(config, experiment, workdir, checkpoints, stop):
           raise _diverged(step, checkpoints)
         writer.write(step, 'val', summary)
         progress.say(f'step {step}/{total}: val {readable(summary)}')
-        score = summary.get('accuracy', -summary['loss'])
+        score = history.score(summary)
+        if due(step, config.eval_every):  # another one at the end is no part of the history: the end may move
+          scores.append(score)
+          state = after_validation(state, scores, config.optimizer, progress)
       writer.sync()  # metrics first: a checkpoint without its metrics could not be resumed exactly
       checkpoints.save(state, score)
       progress.pause(time.perf_counter() - start)
       if in_flight.stop:
         progress.say(f'stopped at step {step}, checkpoint saved: run the same command again to go on')
         return
+      if step < total and history.exhausted(scores, patience):
+        progress.say(f'no better validation in {patience} evaluations: training ends at step {step} of {total}')
+        return
+
+
+def after_validation(state, scores, optimizer, progress):
+  """The state with the step size's factor by the scores of validation, the last one new; as it is without 'plateau'."""
+  if optimizer.schedule != 'plateau':
+    return state
+  before, after = (
+    history.plateau_factor(known, optimizer.plateau_factor, optimizer.plateau_patience)
+    for known in (scores[:-1], scores)
+  )
+  if after == before:
+    return state
+  progress.say(f'validation is on a plateau: step size times {after:g}')
+  return parallel.replicate(optimizers.with_factor(state, after))
 
 
 def start_from(workdir, state, adopt=None):
@@ -272,8 +297,9 @@ def start_from(workdir, state, adopt=None):
         f'config.init_from: {workdir} has weights of another network: {"; ".join(differing[:8])}{more}. '
         'Choose the same model, algorithm and way'
       )
-    step, total = steps[0], workdir_lib.read_config(workdir).total_steps
-    unfinished = f', which is at step {step} of {total}: it is not trained to its end' if step < total else ''
+    step, kept = steps[0], workdir_lib.read_config(workdir)
+    at = f', which is at step {step} of {kept.total_steps}: it is not trained to its end'
+    unfinished = '' if history.finished(workdir, kept, step) else at
     print(f'initial weights: the best of {workdir}{part}{unfinished}')
     return jax.tree.map(lambda x, like: np.asarray(x, like.dtype), found, like)
 

@@ -70,7 +70,7 @@ def settle_config(workdir, config, mode):
   differing = set(config_lib.differences(kept, config)).difference(_FREE)
   if mode == 'eval':
     differing = {key for key in differing if not key.startswith('eval.')}.difference(f'data.{k}' for k in _OF_EPISODES)
-  elif kept.optimizer.schedule in ('constant', 'steps'):
+  elif kept.optimizer.schedule in ('constant', 'plateau', 'steps'):
     differing.discard('total_steps')
   if differing:
     raise UserError(

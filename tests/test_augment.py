@@ -113,6 +113,117 @@ def test_moving_pixels_does_not_mind_an_image_that_is_not_square():
     assert sum(np.array_equal(window, result) for window in windows) == 1
 
 
+# Resized crops.
+
+
+def resized(image, top, left, height, width):
+  """A box of an image at the image's size, in float64: NumPy's interpolation of each column, then of each row."""
+  h, w, c = image.shape
+  box = image[top : top + height, left : left + width].astype(np.float64)
+  y, x = (np.arange(h) + 0.5) * height / h - 0.5, (np.arange(w) + 0.5) * width / w - 0.5
+  columns = [[np.interp(y, np.arange(height), box[:, i, k]) for k in range(c)] for i in range(width)]
+  rows = np.transpose(columns, (2, 0, 1))  # (h, width, c)
+  return np.stack([[np.interp(x, np.arange(width), row[:, k]) for k in range(c)] for row in rows]).swapaxes(1, 2)
+
+
+def resized_pillow(image, top, left, height, width):
+  pixels = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+  pixels = pixels.crop((left, top, left + width, top + height)).resize(pixels.size, Image.Resampling.BILINEAR)
+  return np.asarray(pixels).reshape(image.shape)
+
+
+def boxes_of(shape, names, seed=0):
+  """Those that `augmented` takes, (way, n, 4)."""
+  rng = jax.random.split(jax.random.key(seed), len(names))[names.index('resized_crop')]
+  return np.stack(augment._draw_boxes(rng, shape), axis=-1)
+
+
+def augmented_floats(images, names):
+  return 255 * np.asarray(jax.jit(augment.augment, static_argnums=2)(jax.random.key(0), images, names))
+
+
+@pytest.mark.parametrize('shape', [(4, 5, 16, 16, 1), (3, 4, 12, 20, 3)])
+def test_a_resized_crop_is_numpy_s_interpolation_of_its_box_and_pillow_s(shape):
+  images = random_images(*shape)
+  found, boxes = augmented_floats(images, ('resized_crop',)), boxes_of(shape, ('resized_crop',))
+  assert len({tuple(box) for box in boxes.reshape(-1, 4)}) > 10
+  for place in np.ndindex(shape[:2]):
+    np.testing.assert_allclose(found[place], resized(images[place], *boxes[place]), atol=1e-3)
+    np.testing.assert_allclose(found[place], resized_pillow(images[place], *boxes[place]), atol=1.01)  # it rounds twice
+
+
+@pytest.mark.parametrize(
+  'names',
+  [
+    ('crop', 'resized_crop', 'flip'),
+    ('flip', 'resized_crop', 'crop'),
+    ('rotate', 'resized_crop'),
+    ('resized_crop', 'flip', 'rotate'),
+  ],
+)
+def test_a_resized_crop_is_made_where_it_stands_among_moves(names):
+  images = random_images(3, 4, SIDE, SIDE, 1)
+  found, boxes, place = augmented_floats(images, names), boxes_of(images.shape, names), names.index('resized_crop')
+  parts = set()
+  for c, i in np.ndindex(3, 4):
+    before = [resized(image, *boxes[c, i]) for image in choices(images[c, i], names[:place])]
+    after = np.stack([image for start in before for image in choices(start, names[place + 1 :])])
+    (matches,) = np.isclose(after, found[c, i], atol=1e-3).all((1, 2, 3)).nonzero()
+    assert len(matches) == 1
+    parts.add(int(matches[0]))
+  assert len(parts) > 1
+
+
+@pytest.mark.parametrize('names', [('resized_crop', 'jitter', 'flip'), ('jitter', 'flip', 'resized_crop')])
+def test_jitter_sees_a_resized_crop_where_it_stands_before_it(names):
+  images = random_images(2, 6, SIDE, SIDE, 3)
+  found, boxes = augmented_floats(images, names), boxes_of(images.shape, names)
+  rng = jax.random.split(jax.random.key(0), len(names))[names.index('jitter')]
+  factors, orders = (np.asarray(x) for x in augment._draw_jitter(rng, images.shape))
+  for place in np.ndindex(2, 6):
+    made = [images[place]]
+    for name in names:
+      if name == 'jitter':
+        made = [255 * jitter_loop(image / 255, factors[place], orders[place]) for image in made]
+      elif name == 'flip':
+        made = [side for image in made for side in flips(image)]
+      else:
+        made = [resized(image, *boxes[place]) for image in made]
+    assert sum(np.allclose(image, found[place], atol=2e-3) for image in made) == 1
+
+
+def torchvision_box(rng, height, width):
+  """RandomResizedCrop.get_params with its defaults."""
+  for _ in range(10):
+    area = height * width * rng.uniform(0.08, 1)
+    aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+    if 0 < w <= width and 0 < h <= height:
+      return rng.integers(0, height - h + 1), rng.integers(0, width - w + 1), h, w
+  return None
+
+
+@pytest.mark.parametrize(('height', 'width'), [(500, 500), (500, 300)])
+def test_boxes_are_distributed_as_torchvision_s(height, width):
+  top, left, h, w = (np.asarray(x).ravel() for x in augment._draw_boxes(jax.random.key(0), (60, 50, height, width, 3)))
+  assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
+  area, aspect = h * w / (height * width), w / h
+  assert 0.079 < area.min() < 0.1 and (area.max() > 0.95) == (height == width)
+  assert abs(aspect.min() - 3 / 4) < 0.02 and abs(aspect.max() - 4 / 3) < 0.02
+  rng = np.random.default_rng(0)
+  boxes = [torchvision_box(rng, height, width) for _ in range(3000)]
+  other_top, other_left, other_h, other_w = np.transpose([box for box in boxes if box])
+  others = other_top, other_left, other_h * other_w / (height * width), other_w / other_h
+  for found, other in zip((top, left, area, aspect), others, strict=True):
+    assert stats.ks_2samp(found, other).pvalue > 1e-3
+  assert np.abs(np.corrcoef([area[:-1], area[1:], top[:-1] / (height - h[:-1] + 1)]) - np.eye(3)).max() < 0.06
+
+
+def test_where_no_box_fits_the_first_is_cut_to_the_image():
+  top, left, h, w = (np.asarray(x) for x in augment._draw_boxes(jax.random.key(0), (5, 100, 4, 400, 1)))
+  assert (h == 4).any() and (top + h <= 4).all() and (left + w <= 400).all() and (h >= 1).all() and (w >= 1).all()
+
+
 # Jitter.
 
 ORDERS = list(itertools.permutations(range(3)))
@@ -230,7 +341,9 @@ def assert_same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize(('names', 'tolerance'), [(('crop', 'flip', 'rotate'), 0), (ALL, 1e-5)])
+@pytest.mark.parametrize(
+  ('names', 'tolerance'), [(('crop', 'flip', 'rotate'), 0), (('resized_crop', *ALL), 1e-5), (('resized_crop',), 1e-6)]
+)
 @pytest.mark.parametrize('placement', ['device', 'host'])
 def test_an_augmented_episode_is_a_function_of_seed_split_and_number_alone(names, tolerance, placement):
   """To the bit where pixels only move; a mean over an image ends in other bits if more episodes are made at once."""
@@ -341,7 +454,7 @@ def test_normalisation_comes_after_augmentation():
 @pytest.mark.parametrize(
   ('shape', 'settings', 'message'),
   [
-    ((8, 8, 3), dict(augment=('flop',)), "there is no 'flop'; known: crop, flip, jitter, rotate"),
+    ((8, 8, 3), dict(augment=('flop',)), "there is no 'flop'; known: crop, flip, jitter, resized_crop, rotate"),
     ((8, 8, 3), dict(augment=('flip', 'crop', 'flip')), 'flip is there more than once'),
     ((8, 6, 3), dict(augment=('rotate',)), '8 x 6 pixels are not square'),
     ((8, 8, 2), dict(augment=('jitter',)), '2 channels are neither grey nor RGB'),

@@ -106,7 +106,7 @@ def test_checkpointed_second_order_needs_the_memory_of_first_order(tmp_path):
 @pytest.mark.slow
 def test_augmentation_beside_pillow(tmp_path, monkeypatch):
   monkeypatch.setattr(workload, 'TrainStep', train_step.__wrapped__)  # a source cannot be a key of the cache
-  names = 'crop', 'jitter', 'flip', 'rotate'
+  names = 'resized_crop', 'crop', 'jitter', 'flip', 'rotate'
   monkeypatch.setattr(augment, 'SEQUENCES', (names,))
   monkeypatch.setattr(augment, 'STEPS', (names,))
   rows = results(augment.main, tmp_path, '--image=16x16x3', '--inner_steps=1', '--rounds=1')['rows']

@@ -37,6 +37,7 @@ def test_each_program_is_compiled_once_and_none_in_the_loop(cache, tmp_path, mon
     '--config.checkpoint_every=3',
     '--config.model.name=mlp',
     '--config.eval.ensemble=3',
+    '--config.eval.last=True',
   ]
   config = config_lib.override(config_lib.load(TINY), settings)
 
@@ -46,8 +47,8 @@ def test_each_program_is_compiled_once_and_none_in_the_loop(cache, tmp_path, mon
       train.run(config, tmp_path / 'run', data_dir=tmp_path, mode=mode)
     return events
 
-  # By the name that jax gives what runs on all devices, `_fun` is the meta-update, then validation, then the test,
-  # then the outputs of the ensemble's members, one program for all three.
+  # By the name that jax gives what runs on all devices, `_fun` is the meta-update, then validation, then the test, of
+  # the best checkpoint and of the last, then the outputs of the ensemble's members, one program for all three.
   begin, validation, test = ['jit(init)', 'jit(_fun)'], 'jit(_fun)', ['jit(_fun)'] * 2 + ['jit(score)', 'jit(predict)']
   t = [('train', step) for step in range(11)]
   new = [*begin, *t[1:3], validation, ('val', 2), *t[3:5], ('val', 4), t[5], ('val', 5), *test]

@@ -3,6 +3,7 @@ import fcntl
 import json
 import os
 import pty
+import shutil
 import signal
 import struct
 import subprocess
@@ -95,6 +96,9 @@ def test_test_line():
   result |= dict(ensemble_accuracy=0.989, ensemble_accuracy_ci95=0.002, ensemble_checkpoints=[4000, 3500])
   line = 'ensemble of 2: 98.90 % ± 0.20 % (checkpoints 4000, 3500; protocol as below)'
   assert report.ensemble_line(result) == line
+  result |= dict(last_accuracy=0.77724, last_accuracy_ci95=0.0021, last_checkpoint_step=12500)
+  line = 'last checkpoint: 77.72 % ± 0.21 % (checkpoint 12500; protocol as below)'
+  assert report.last_line(result) == line
   result = dict(loss=0.5, loss_ci95=0.25, shot=10, episodes=600, checkpoint_step=7)
   assert report.test_line(result) == 'test: mean squared error 0.5000 ± 0.2500 (10-shot, 600 episodes, checkpoint 7)'
 
@@ -155,6 +159,35 @@ def test_eval_mode_with_an_ensemble_of_fewer_checkpoints_than_asked_for(finished
   for name in ('accuracy', 'accuracy_ci95', 'loss', 'loss_ci95'):
     assert result[f'ensemble_{name}'] == pytest.approx(result[name], rel=1e-5)
   assert not any('but validated' in line for line in capsys.readouterr().out.splitlines())
+
+
+def test_eval_mode_with_the_last_checkpoint_as_well(finished, cache, tmp_path, capsys, monkeypatch):
+  """Of the checkpoints of steps 3 and 6 either is made the best; the last is tested as if it were, but once alone."""
+  results, tested, make_test = [], [], report.make_test
+
+  def counted(*arguments):
+    test_fn = make_test(*arguments)
+    return lambda state: (tested.append(int(state.step)), test_fn(state))[1]
+
+  monkeypatch.setattr(report, 'make_test', counted)
+  for best in (3, 6):
+    workdir = shutil.copytree(finished[0], tmp_path / str(best))
+    for step in (3, 6):
+      score = {'score': float(step == best)}
+      (workdir / 'checkpoints' / str(step) / 'metrics' / 'metrics').write_text(json.dumps(score))
+    assert run('--mode=eval', f'--workdir={workdir}', '--config.eval.last=True', '--config.eval.ensemble=1') == 0
+    result, each = (json.loads((workdir / name).read_text()) for name in ('test.json', 'test_episodes.json'))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == [report.last_line(result), report.ensemble_line(result), report.test_line(result)]
+    assert result['checkpoint_step'] == each['checkpoint_step'] == best
+    assert result['last_checkpoint_step'] == each['last_checkpoint_step'] == 6
+    assert len(each['last_accuracy']) == 20 and result['last_accuracy'] == pytest.approx(np.mean(each['last_accuracy']))
+    results.append((result, each))
+  assert tested == [3, 6, 6]
+  (first, first_each), (last, last_each) = results
+  for name in ('accuracy', 'accuracy_ci95', 'loss', 'loss_ci95'):
+    assert first[f'last_{name}'] == last[f'last_{name}'] == last[name] != first[name]
+  assert first_each['last_accuracy'] == last_each['last_accuracy'] == last_each['accuracy']
 
 
 def test_errors_of_the_command_line(finished, cache, tmp_path, capsys, monkeypatch):
@@ -278,13 +311,16 @@ def test_regression_run(cache, tmp_path):
       '--config.eval.episodes=5',
       '--config.eval.val_episodes=5',
       '--config.eval.ensemble=2',
+      '--config.eval.last=True',
     )
     == 0
   )
   result = json.loads((workdir / 'test.json').read_text())
   assert {'loss', 'loss_ci95', 'inner_steps'} <= result.keys() and not {'accuracy', 'way', 'batch_norm'} & result.keys()
   assert sorted(result['ensemble_checkpoints']) == [1, 2] and result['ensemble_loss_ci95'] > 0
-  assert len(json.loads((workdir / 'test_episodes.json').read_text())['ensemble_loss']) == 5
+  assert result['last_checkpoint_step'] == 2 and result['last_loss_ci95'] > 0
+  each = json.loads((workdir / 'test_episodes.json').read_text())
+  assert len(each['ensemble_loss']) == len(each['last_loss']) == 5
   assert (workdir / 'figures' / 'regression.png').exists()
 
 

@@ -36,6 +36,7 @@ SETTINGS = (
   '--config.log_every=1',
   '--config.eval.episodes=7',
   '--config.eval.ensemble=2',
+  '--config.eval.last=True',
 )
 ENDLESS = '--mode=train', '--config.total_steps=100000', '--config.eval_every=0', '--config.checkpoint_every=1'
 
@@ -108,7 +109,8 @@ def assert_same_run(a, b):
     for name in record:
       np.testing.assert_allclose(record[name], other[name], rtol=0, atol=1e-4, err_msg=name)
   assert a['test'].keys() == b['test'].keys()
-  for name in ('loss', 'loss_ci95', 'accuracy', 'checkpoint_step', 'ensemble_loss', 'ensemble_checkpoints'):
+  ensemble = 'ensemble_loss', 'ensemble_checkpoints'
+  for name in ('loss', 'loss_ci95', 'accuracy', 'checkpoint_step', 'last_loss', *ensemble):
     assert a['test'][name] == pytest.approx(b['test'][name], abs=1e-4), name
 
 
@@ -161,7 +163,8 @@ def test_there_is_one_log_and_one_of_everything(two):
   lines = lines_of(output)
   assert '4 cpu device(s) of 2 processes' in lines[0]
   assert [line.split(':')[0] for line in lines if 'tasks/s' in line] == [f'step {k}/10' for k in range(1, 11)]
-  assert len(lines) == 1 + 10 + 1 + 2 + 3, output  # training, steps, phase, validations, figures, ensemble and test
+  # training, steps, phase, validations, then figures, last checkpoint, ensemble and test
+  assert len(lines) == 1 + 10 + 1 + 2 + 4, output
   assert sorted(path.name for path in (workdir / 'checkpoints').iterdir()) == ['10', '5']
   assert len(list(workdir.glob('events.*'))) == 2 and len(list((workdir / 'figures').iterdir())) == 5
 

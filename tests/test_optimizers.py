@@ -48,6 +48,74 @@ def test_weight_decay_of_adam_is_part_of_the_gradient_and_of_adamw_is_not():
   np.testing.assert_allclose([decayed[0], apart[0]], [1 - 0.1, 1 + 0.1 - 0.1 * 0.5], rtol=1e-5)
 
 
+def test_radam_is_momentum_for_five_steps_and_adaptive_from_the_sixth_on():
+  """The formulas of Liu et al. (2020) with the decay of torch_optimizer's."""
+  grads, lr, decay, w, expected = [1.0, -2.0, 0.5, 3.0, 0.1, -0.7, 0.2, 1.5], 0.1, 0.5, 0.7, []
+  m = v = 0.0
+  limit = 2 / (1 - 0.999) - 1
+  for t, g in enumerate(grads, 1):
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+    rho = limit - 2 * t * 0.999**t / (1 - 0.999**t)
+    assert (rho >= 5) == (t >= 6)
+    step = m / (1 - 0.9**t)
+    if t >= 6:
+      shares = (rho - 4) / (limit - 4), (rho - 2) / (limit - 2), limit / rho
+      step *= np.sqrt((1 - 0.999**t) * np.prod(shares)) / (np.sqrt(v) + 1e-8)
+    w -= lr * decay * w + lr * step
+    expected.append(w)
+  tx = optimizers.make(1, name='radam', learning_rate=lr, weight_decay=decay)
+  np.testing.assert_allclose(path(tx, grads, 0.7), expected, rtol=2e-4)  # Optax: rho in float32, 1999 less 1993
+
+
+def test_adamax_is_pytorch_s():
+  grads, w, expected = [1.0, -2.0, 0.5, 3.0], 0.7, []
+  m = largest = 0.0
+  for t, g in enumerate(grads, 1):
+    g += 0.01 * w
+    m, largest = 0.9 * m + 0.1 * g, max(0.999 * largest, abs(g) + 1e-8)
+    w -= 0.1 / (1 - 0.9**t) * m / largest
+    expected.append(w)
+  tx = optimizers.make(1, name='adamax', learning_rate=0.1, weight_decay=0.01)
+  np.testing.assert_allclose(path(tx, grads, 0.7), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', optimizers._OPTIMIZERS)
+def test_the_head_s_factor_is_one_of_its_step_size_with_every_optimiser(name):
+  settings = dict(name=name, learning_rate=0.01, weight_decay=0.5)
+  plain, other = optimizers.make(1, **settings), optimizers.make(1, head_factor=10.0, **settings)
+  params = {'head': {'kernel': jnp.array([2.0])}, 'body': {'head': jnp.array([3.0])}, 'inner_lr': {'head': jnp.ones(1)}}
+  states = [plain.init(params), other.init(params)]
+  for grad in (0.3, -0.4):
+    grads = {'head': {'kernel': jnp.array([grad])}, 'body': {'head': jnp.ones(1)}, 'inner_lr': {'head': jnp.ones(1)}}
+    (a, states[0]), (b, states[1]) = plain.update(grads, states[0], params), other.update(grads, states[1], params)
+    np.testing.assert_allclose(b.pop('head')['kernel'], 10 * a.pop('head')['kernel'], rtol=1e-6)
+    assert a == b
+
+
+def test_a_factor_of_no_head_is_refused():
+  tx = optimizers.make(1, head_factor=10.0)
+  with pytest.raises(UserError, match="no parameter 'head', only body"):
+    tx.init({'body': jnp.ones(1)})
+  assert len(tx.init(jnp.ones(4)))  # task weights
+
+
+@pytest.mark.parametrize('name', optimizers._OPTIMIZERS)
+def test_a_plateau_s_factor_is_one_of_the_step_size_with_every_optimiser(name):
+  settings = dict(name=name, learning_rate=0.01, weight_decay=0.5)
+  plain, other = optimizers.make(1, **settings), optimizers.make(1, schedule='plateau', **settings)
+  params, grads = jnp.array([2.0, -3.0]), jnp.array([0.3, 0.1])
+  (a, _), (b, state) = (tx.update(grads, tx.init(params), params) for tx in (plain, other))
+  np.testing.assert_array_equal(a, b)
+  nested = optimizers.with_factor({'factor': 3, 'outer': (other.init(params), state)}, 0.25)
+  assert nested['factor'] == 3
+  for state in nested['outer']:
+    assert state[-1].factor.dtype == np.float32
+  step, after = other.update(grads, nested['outer'][0], params)
+  np.testing.assert_allclose(step, a / 4, rtol=1e-6)
+  assert after[-1].factor == 0.25
+  assert not any(isinstance(x, optimizers.Plateau) for x in plain.init(params))
+
+
 def step_sizes(updates, total_steps, **settings):
   """That of the meta-update after each of so many `updates`."""
   tx = optimizers.make(total_steps, name='sgd', **settings)
@@ -107,6 +175,10 @@ def test_weight_decay_leaves_inner_step_sizes_alone(name):
     (dict(momentum=0.9), 'of sgd, not of adam'),
     (dict(name='sgd', momentum=1.0), 'out of range'),
     (dict(weight_decay=-1.0), 'out of range'),
+    (dict(head_factor=0.0), 'head_factor = 0.0: above 0'),
+    (dict(plateau_patience=3), "of schedule = 'plateau', not of 'constant'"),
+    (dict(schedule='plateau', plateau_factor=1.0), 'plateau_factor = 1.0'),
+    (dict(schedule='plateau', hold=5), "not of 'plateau'"),
     (dict(clamp=-1.0), 'clamp = -1.0.* out of range'),
     (dict(final_rate=1e-5), "not of 'constant'"),
     (dict(schedule='steps', boundaries=(5,), rates=(0.1,), hold=5), "not of 'steps'"),

@@ -5,6 +5,10 @@ augmented on the scale [0, 1] and normalised afterwards, so the padding of a cro
 
 `crop`: as RandomCrop(side, padding): zeros around the image, an eighth of its side but at most 8 pixels wide (8 at 84
   pixels, 4 at 32, as in the code of MetaOptNet and what followed it), cut back to its size anywhere, for each image.
+`resized_crop`: as RandomResizedCrop(side): a box of 0.08 to 1 of the image's area and an aspect of 3/4 to 4/3, anywhere
+  in it, resized to the image's size bilinearly, for each image. Of ten boxes the first that fits the image is taken;
+  where none does, which happens to elongated images alone, the first is cut to it (torchvision: a box in the centre).
+  Pillow rounds to bytes, this does not.
 `flip`: as RandomHorizontalFlip(): left and right change places, in each image with probability 1/2.
 `jitter`: as ColorJitter(.4, .4, .4) of tensors: brightness, contrast and saturation times factors from [0.6, 1.4], in
   random order, clipped to [0, 1] after each, for each image. Grey images have no saturation to change.
@@ -45,6 +49,7 @@ NORMALIZE = {
 }
 _GREY = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R 601, as in Pillow and torchvision
 _JITTER = 0.4
+_AREA, _ASPECT, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of resized crops
 
 
 def check(shape, names, constants):
@@ -103,14 +108,19 @@ def augment(rng, images, names):
   """
   rngs = dict(zip(names, jax.random.split(rng, len(names)), strict=True))
   # Jitter treats all pixels of an image alike, so flips and turns after it may as well come before, where they move
-  # bytes and are one with the crop. A crop after it adds black pixels, which the mean before it does not know.
+  # bytes and are one with the crop. A crop after it adds black pixels, which the mean before it does not know, or takes
+  # away others, which it does.
   after = names[names.index('jitter') + 1 :] if 'jitter' in names else ()
-  late = after if 'crop' in after else ()
-  images = _move(images, [(_MOVES[name], rngs[name]) for name in names if name not in ('jitter', *late)])
-  images = images.astype(jnp.float32) / 255
+  late = after if 'crop' in after or 'resized_crop' in after else ()
+  images = _move(images, [(name, rngs[name]) for name in names if name not in ('jitter', *late)])
+  if images.dtype == jnp.float32:
+    # Resized: XLA would make each pixel anew for whoever looks at it (jitter does many times), but for a loop between.
+    images = jax.lax.map(lambda of_class: of_class / 255, images)
+  else:
+    images = images.astype(jnp.float32) / 255
   if 'jitter' in names:
     images = jitter(images, *_draw_jitter(rngs['jitter'], images.shape))
-  return _move(images, [(_MOVES[name], rngs[name]) for name in late])
+  return _move(images, [(name, rngs[name]) for name in late])
 
 
 def jitter(images, factors, order):
@@ -144,17 +154,73 @@ def normalize(images, constants):
 
 
 def _move(images, moves):
-  """Moves pixels, all moves at once: images (way, n, h, w, c), moves [(function, rng)]; zeros come in from outside."""
+  """Moves and resizes, all at once: images (way, n, h, w, c), moves [(name, rng)]; zeros come in from outside."""
   if not moves:
     return images
   way, n, height, width, _ = images.shape
-  y, x = jnp.arange(height).reshape(1, 1, -1, 1), jnp.arange(width).reshape(1, 1, 1, -1)
-  for move, rng in reversed(moves):  # where a pixel of the last image comes from in the one before, and so on
-    y, x = move(rng, images.shape, y, x)
-  inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-  y, x = jnp.clip(y, 0, height - 1), jnp.clip(x, 0, width - 1)
   c, i = jnp.arange(way).reshape(-1, 1, 1, 1), jnp.arange(n).reshape(1, -1, 1, 1)
-  return jnp.where(inside[..., None], images.at[c, i, y, x].get(mode='promise_in_bounds'), 0)
+
+  # An image is a function of places y and x, integers that broadcast with (way, n, h, w), that returns their pixels,
+  # (..., c). Each move asks the image before it, so there are no images in between.
+  def image(y, x):
+    return images.at[c, i, y, x].get(mode='promise_in_bounds')
+
+  for name, rng in moves:
+    if name == 'resized_crop':
+      image = _resized(image, _draw_boxes(rng, images.shape), height, width)
+    else:
+      before = _with_zeros_around(image, height, width) if name == 'crop' else image  # the others stay inside
+      image = _moved(before, _MOVES[name], rng, images.shape)
+  return image(jnp.arange(height).reshape(1, 1, -1, 1), jnp.arange(width).reshape(1, 1, 1, -1))
+
+
+def _with_zeros_around(image, height, width):
+  def look_up(y, x):
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    return jnp.where(inside[..., None], image(jnp.clip(y, 0, height - 1), jnp.clip(x, 0, width - 1)), 0)
+
+  return look_up
+
+
+def _moved(image, move, rng, shape):
+  return lambda y, x: image(*move(rng, shape, y, x))
+
+
+def _resized(image, boxes, height, width):
+  """A box of an image at the whole image's size: the pixel centres of both lie on the same lines, ends are held."""
+  top, left, box_height, box_width = (x[..., None, None] for x in boxes)
+
+  def neighbours(place, start, length, side):
+    place = start + jnp.clip((place + 0.5) * length / side - 0.5, 0, length - 1)
+    before = jnp.floor(place).astype(jnp.int32)
+    return before, jnp.minimum(before + 1, start + length - 1), (place - before)[..., None]
+
+  def look_up(y, x):
+    y0, y1, down = neighbours(y, top, box_height, height)
+    x0, x1, right = neighbours(x, left, box_width, width)
+    corners = (image(y, x).astype(jnp.float32) for y in (y0, y1) for x in (x0, x1))
+    upper_left, upper_right, lower_left, lower_right = corners
+    upper = upper_left + right * (upper_right - upper_left)
+    lower = lower_left + right * (lower_right - lower_left)
+    return upper + down * (lower - upper)
+
+  return look_up
+
+
+def _draw_boxes(rng, shape):
+  """Top, left, height and width in pixels of a resized crop of each image of a shape (way, n, h, w, c): (way, n)."""
+  way, n, *sides, _ = shape
+  rng_area, rng_aspect, *rngs = jax.random.split(rng, 4)
+  area = np.prod(sides) * jax.random.uniform(rng_area, (way, n, _TRIES), minval=_AREA[0], maxval=_AREA[1])
+  low, high = np.log(_ASPECT)
+  aspect = jnp.exp(jax.random.uniform(rng_aspect, (way, n, _TRIES), minval=low, maxval=high))
+  lengths = [jnp.round(jnp.sqrt(x)).astype(jnp.int32) for x in (area / aspect, area * aspect)]
+  fits = (lengths[0] <= sides[0]) & (lengths[1] <= sides[1])
+  first = jnp.argmax(fits, axis=-1, keepdims=True)  # 0 where there is none
+  lengths = [jnp.take_along_axis(x, first, axis=-1)[..., 0] for x in lengths]
+  lengths = [jnp.clip(x, 1, side) for x, side in zip(lengths, sides, strict=True)]
+  starts = (jax.random.randint(k, (way, n), 0, s - x + 1) for k, s, x in zip(rngs, sides, lengths, strict=True))
+  return *starts, *lengths
 
 
 def _crop(rng, shape, y, x):
@@ -190,4 +256,4 @@ def _grey(images):
 
 
 _MOVES = {'crop': _crop, 'flip': _flip, 'rotate': _rotate}
-AUGMENTATIONS = ('crop', 'flip', 'jitter', 'rotate')
+AUGMENTATIONS = ('crop', 'flip', 'jitter', 'resized_crop', 'rotate')
