@@ -271,6 +271,8 @@ def test_line(result):
   """The last line of an evaluation, from the contents of `test.json`."""
   shot = f'{result["shot"]}-shot'
   protocol = [f'{result["way"]}-way {shot}' if 'way' in result else shot, f'{result["episodes"]} episodes']
+  if 'head' in result:
+    protocol.append(f'{result["head"].replace("_", " ")} head')
   if 'batch_norm' in result:
     protocol.append(f'{result["batch_norm"]} batch norm')
   if 'dataset_notes' in result:
