@@ -70,6 +70,7 @@ def images(folder):
 
 
 MAML = ('baseline', 'uniform', 'spsa', 'spsa_track')
+LARGE, CODES = ('mini_imagenet', 'fc100', 'tiered_imagenet'), ('tensorflow', 'pytorch')
 PROTONET = ('pretrain', 'baseline', 'spsa', 'spsa_track')
 # Data on which compiling takes less than on the default ones.
 STRINGS = {
@@ -77,6 +78,9 @@ STRINGS = {
   'mtm_protonet.py': ':data=omniglot,method=pretrain',
   'mamlpp.py': ':way=3,epochs=1,epoch=2',
   'quickdraw.py': ':data=glyphs,way=3,method=meta_sgd',
+  'pretrain.py': ':data=omniglot,model=conv4,code=tensorflow',
+  'meta_transfer.py': ':data=omniglot,model=conv4,code=pytorch,hard,way=3',
+  'joint.py': ':data=omniglot,model=conv4',
 }
 # The others only train and validate: a test is the same for all configs of an algorithm, and compiling takes long.
 TESTED = ('maml_mini.py', 'protonet_omniglot.py', 'sinusoid.py')
@@ -128,6 +132,10 @@ def test_config_takes_two_steps(name, tmp_path, monkeypatch):
     *(f'quickdraw.py:way={w},shot={s},drawings={d}' for w in (5, 10) for s in (1, 5, 10) for d in (20, 100)),
     *(f'mtm_protonet.py:data=fc100,shot=10,method={m}' for m in ('pretrain', 'inner_first_order')),
     'mtm_protonet.py:data=tiered_imagenet,way=2,shot=5,method=spsa',
+    # Every cell of Meta-Transfer Learning's tables.
+    *(f'pretrain.py:data={data},code={code}' for data in LARGE for code in CODES),
+    *(f'meta_transfer.py:data={data},code={code},shot={s}' for data in LARGE for code in CODES for s in (1, 5)),
+    *(f'meta_transfer.py:data=fc100,code={code},shot=10,hard' for code in CODES),
   ],
 )
 def test_recipes_are_complete_configs(string):
@@ -155,6 +163,39 @@ def test_the_twelve_cells_of_quick_draw_are_the_published(way, shot, drawings, t
   assert (algorithm.inner_steps, algorithm.inner_lr, algorithm.first_order) == (5, inner_lr, False)
   assert (config.optimizer.learning_rate, config.total_steps, config.model.width) == (learning_rate, 5000, 20)
   assert config.eval.episodes == tested
+
+
+@pytest.mark.parametrize(
+  ('data', 'shot', 'images', 'tasks', 'updates'),
+  [
+    *(('mini_imagenet', 5, 10, 2, 800), ('mini_imagenet', 1, 10, 6, 266)),
+    *(('tiered_imagenet', 5, 40, 1, 1600), ('tiered_imagenet', 1, 40, 2, 800)),
+    *(('cifar_fs', 5, 10, 6, 266), ('cifar_fs', 1, 20, 2, 800), ('fc100', 5, 10, 6, 266), ('fc100', 1, 5, 1, 1600)),
+  ],
+)
+def test_the_eight_cells_of_joint_training_are_the_published(data, shot, images, tasks, updates):
+  config = config_lib.load(f'{ROOT}/configs/joint.py:data={data},shot={shot}')
+  assert (config.data.tasks, config.data.way, config.data.shot + config.data.query_shot) == (tasks, 5, images)
+  assert (config.eval.way, config.eval.shot, config.eval.query_shot, config.eval.episodes) == (5, shot, 30, 2000)
+  assert (config.eval_every, config.eval.val_episodes, config.stop_patience) == (updates, 400, 15)
+  assert config.algorithm.normalize == (data != 'fc100') and config.algorithm.head_c == 3
+  assert config.model.block_size == (5 if data.endswith('imagenet') else 2)
+  assert config.optimizer.name == 'radam' and config.optimizer.schedule == 'plateau' and config.eval.last
+  assert config_lib.from_json(config_lib.to_json(config)) == config
+
+
+def test_step_sizes_of_meta_transfer_are_the_published():
+  phases = {code: config_lib.load(f'{ROOT}/configs/meta_transfer.py:code={code}').optimizer for code in CODES}
+  tensorflow, pytorch = phases.values()
+  assert (tensorflow.learning_rate, *tensorflow.rates) == (1e-3, 5e-4, 2.5e-4, 1.25e-4, 1e-4)
+  assert tensorflow.boundaries == (1000, 2000, 3000, 4000)
+  assert pytorch.boundaries == tuple(range(1000, 10_000, 1000)) and pytorch.learning_rate * pytorch.head_factor == 1e-3
+  np.testing.assert_allclose(pytorch.rates, 1e-4 * 0.5 ** np.arange(1, 10))
+  first = config_lib.load(f'{ROOT}/configs/pretrain.py:code=pytorch')
+  assert first.total_steps == 110 * 300 and first.optimizer.boundaries == (9000, 18_000, 27_000)
+  assert first.optimizer.rates == (0.02, 0.004, 0.0008)
+  other = config_lib.load(f'{ROOT}/configs/pretrain.py:code=tensorflow')
+  assert (other.total_steps, other.optimizer.boundaries, other.optimizer.rates) == (10_000, (5000,), (5e-4,))
 
 
 def test_prototypical_networks_step_sizes_by_epoch():
