@@ -67,4 +67,5 @@ def get_config(arg=None):
     config.data.update(augment=('crop', 'jitter', 'flip'), normalize='rfs_cifar')
   elif arg.data == 'omniglot':
     config.eval.query_shot = 5
+    config.algorithm.row_scale = 1.0  # of its 4,112 classes
   return config

@@ -23,6 +23,7 @@ def make(
   num_classes,
   objective=losses.CLASSIFICATION,
   normalize=False,
+  row_scale=0.0,
   bias=False,
   hidden=0,
   head='logistic_regression',
@@ -32,16 +33,15 @@ def make(
 ):
   """A classifier with a table of class rows.
 
-  Rows are drawn uniformly up to sqrt(num_classes / way / d), as in Wang et al.'s code: PyTorch's bound for d features,
-  times the root of how many times more rows there are than a task has classes.
-
   Args:
     model: a Flax module, inputs (n, ...) -> features (n, d). One that has `num_outputs` is taken without its head.
     way: classes of a training task; in evaluation, of an episode.
     num_classes: of the training split.
     objective: classification; there are no classes in regression.
     normalize: whether features have length 1 in front of the rows; in evaluation they have in any case.
-    bias: whether each class has one, drawn like the rows of d features.
+    row_scale: rows are drawn uniformly up to so many times PyTorch's bound, 1 / sqrt(d). 0 for sqrt(num_classes / way),
+      as in Wang et al.'s code; of many classes their rows are so long that they learn slowly.
+    bias: whether each class has one, drawn up to PyTorch's bound.
     hidden: units of a layer with ReLU between features and rows, which evaluation leaves out; 0 for none.
     head: what evaluation fits to the normalised features of the support images, see `heads.make`.
     head_c: its c.
@@ -58,8 +58,8 @@ def make(
   networks.check_batch_norm(batch_norm)
   if objective is not losses.CLASSIFICATION:
     raise UserError('classifier needs classes: regression has none')
-  if hidden < 0:
-    raise UserError(f'hidden = {hidden}: it cannot be negative')
+  if min(hidden, row_scale) < 0:
+    raise UserError(f'hidden = {hidden}, row_scale = {row_scale}: neither can be negative')
   model = networks.without_head(model) or model
   embedding = networks.embedding(model, batch_norm, lambda params, _: params['embedding'])
   adapt, predict = heads.learner(heads.make(head, c=head_c), embedding, way)
@@ -74,10 +74,10 @@ def make(
       features, variables = between.init_with_output(rng_hidden, features)
       params['head']['hidden'] = variables['params']
     d = features.shape[-1]
-    bound = math.sqrt(num_classes / way / d)
-    params['head']['rows'] = jax.random.uniform(rng_rows, (num_classes, d), minval=-bound, maxval=bound)
+    bound = math.sqrt(1 / d)
+    rows = jax.random.uniform(rng_rows, (num_classes, d), minval=-bound, maxval=bound)
+    params['head']['rows'] = (row_scale or math.sqrt(num_classes / way)) * rows
     if bias:
-      bound = math.sqrt(1 / d)
       params['head']['bias'] = jax.random.uniform(rng_bias, (num_classes,), minval=-bound, maxval=bound)
     return params, model_state
 
