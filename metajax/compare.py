@@ -55,7 +55,8 @@ class Run(NamedTuple):
   values: np.ndarray  # (episodes,) float32
   checkpoint_step: int
   latest_step: int | None  # None without checkpoints
-  ensemble: tuple[float, float] | None = None  # quantity and half width, of a test of several checkpoints at once
+  # Quantity and half width of a test of several checkpoints at once, and how many these are.
+  ensemble: tuple[float, float, int] | None = None
 
 
 class Row(NamedTuple):
@@ -221,12 +222,13 @@ def _stored(folder, config, best_step):
 
 
 def _ensemble(folder, config, stored):
-  """What `test.json` has of an ensemble, and its half width; None without one, or if it is of other episodes."""
+  """What `Run` holds of an ensemble, from `test.json`; None without one, or if it is of other episodes."""
   name = f'ensemble_{_quantity(stored)}'
   try:
     result = json.loads((Path(folder) / 'test.json').read_text())
     same = (result['episodes'], result['checkpoint_step']) == (config.eval.episodes, stored['checkpoint_step'])
-    return (float(result[name]), float(result[f'{name}_ci95'])) if same else None
+    found = float(result[name]), float(result[f'{name}_ci95']), len(result['ensemble_checkpoints'])
+    return found if same else None
   except (OSError, ValueError, KeyError, TypeError):
     return None
 
@@ -311,7 +313,7 @@ def _row(name, runs):
   if len(runs) > 1:
     row = row._replace(seeds_std=means.std(ddof=1))
   if all(run.ensemble for run in runs):
-    values, halves = np.array([run.ensemble for run in runs]).T
+    values, halves, _ = np.array([run.ensemble for run in runs]).T
     row = row._replace(ensemble=values.mean(), ensemble_ci95=halves.mean(), ensemble_seeds_ci95=_over_seeds(values))
   return row
 
@@ -396,6 +398,9 @@ def notes(rows):
     lines.append(
       f'* unpaired: not the same episodes as {rows[0].name}; half the interval is sqrt(a² + b²) of the two intervals'
     )
+  sizes = {run.workdir: run.ensemble[2] for row in rows if row.ensemble is not None for run in row.runs}
+  if len(set(sizes.values())) > 1:
+    lines.append(f'ensembles are of different sizes: {", ".join(f"{size} in {run}" for run, size in sizes.items())}')
   for row in rows:
     for run in row.runs:
       if run.latest_step is not None and not history.finished(run.workdir, run.config, run.latest_step):

@@ -106,7 +106,7 @@ def test_seeds_are_averaged_on_each_episode_and_their_spread_is_shown(make, tmp_
 
 def test_an_ensemble_is_a_number_of_its_own(make, tmp_path, capsys):
   folders = [make(name, accuracies(k, 8)) for k, name in enumerate('abcd')]
-  of_ensemble = dict(ensemble_accuracy=0.75, ensemble_accuracy_ci95=0.125)
+  of_ensemble = dict(ensemble_accuracy=0.75, ensemble_accuracy_ci95=0.125, ensemble_checkpoints=[6, 4])
   for folder, more in zip(folders, (of_ensemble, {}, dict(of_ensemble, checkpoint_step=2), None), strict=True):
     text = '{' if more is None else json.dumps({'episodes': 8, 'checkpoint_step': 6, **more})
     (folder / 'test.json').write_text(text)
@@ -116,6 +116,10 @@ def test_an_ensemble_is_a_number_of_its_own(make, tmp_path, capsys):
   assert 'ensemble' not in capsys.readouterr().out
   assert run(f'ab={folders[0]},{folders[1]}', folders[2]) == 0
   assert 'ensemble' not in capsys.readouterr().out
+  more = {'episodes': 8, 'checkpoint_step': 6, **of_ensemble, 'ensemble_checkpoints': [6]}
+  (folders[1] / 'test.json').write_text(json.dumps(more))
+  assert run(*folders[:2]) == 0
+  assert f'ensembles are of different sizes: 2 in {folders[0]}, 1 in {folders[1]}' in capsys.readouterr().out
 
 
 def test_regression_compares_losses(make, tmp_path, capsys):
