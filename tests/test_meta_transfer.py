@@ -282,11 +282,17 @@ class CountingWithHead(Counting):
   num_outputs: int | None = None
 
 
-def test_dropout_is_for_training_alone_and_counted_twice_a_task():
-  learner, episode = make(CountingWithHead()), draw_episode(0, (4,), way=WAY)
+@pytest.mark.parametrize(('mode', 'counted'), [('transductive', 2), ('support', 1)])
+def test_dropout_is_for_training_alone_and_in_both_sets(mode, counted):
+  """It adds 100; in mode 'support' the query set's pass leaves the state as it is."""
+  learner, episode = make(CountingWithHead(), inner_lr=1e-4, batch_norm=mode), draw_episode(0, (4,), way=WAY)
   params, state = learner.init(jax.random.key(0), episode.support.inputs)
-  assert learner.loss(params, state, episode, jax.random.key(1))[1][0]['counters']['calls'] == 2
-  assert learner.loss(params, state, episode, None)[1][0]['counters']['calls'] == 0
+  loss = jax.jit(learner.loss)
+  values, (dropped, _) = loss(params, state, episode, jax.random.key(1))
+  images = episode.support.inputs + 100, episode.query.inputs + 100
+  wanted, (plain, _) = loss(params, state, with_images(episode, images), None)
+  np.testing.assert_allclose(values, wanted, rtol=1e-3)
+  assert dropped['counters']['calls'] == counted and plain['counters']['calls'] == 0
   adapted = learner.adapt(params, state, episode.support, jax.random.key(1))
   assert adapted.model_state['counters']['calls'] == 0
   assert learner.embedding.support(params, state, episode.support.inputs)[0].max() < 50
