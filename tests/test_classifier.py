@@ -96,7 +96,7 @@ def test_the_loss_is_cross_entropy_among_the_task_s_own_classes(settings):
     values, (after, metrics) = learner.loss(params, state, task, None)
     return values.mean(), (values, after, metrics)
 
-  gradient, (values, after, metrics) = jax.grad(mean_loss, has_aux=True)(params)
+  gradient, (values, after, metrics) = jax.jit(jax.grad(mean_loss, has_aux=True))(params)
   close(values, wanted)
   np.testing.assert_array_equal(metrics['accuracy'], correct)
   assert after == {} and 0 < np.mean(correct) < 1
@@ -114,10 +114,10 @@ def test_each_image_is_classified_by_the_row_of_its_class(batch):
   images = np.repeat(255 * np.eye(9, dtype=np.uint8).reshape(9, 3, 3, 1), 4, axis=0)
   table = ClassTable(images, np.arange(0, 36, 4), np.full(9, 4), np.zeros(9, np.int8), tuple('abcdefghi'))
   source = episodes.make_source(table, 'train', way=5, shot=1, query_shot=2, seed=0, merged=True, batch=batch)
-  tasks = source.decode(source.resident, source.sample(0, 30))
+  tasks = jax.jit(source.decode)(source.resident, source.sample(0, 30))
   learner = make(mlp.make(None, hidden=()), num_classes=9)
   params = {'embedding': {}, 'head': {'rows': 50 * jnp.eye(9)}}
-  values, (_, metrics) = jax.vmap(learner.loss, (None, None, 0, None))(params, {}, tasks, None)
+  values, (_, metrics) = jax.jit(jax.vmap(learner.loss, (None, None, 0, None)))(params, {}, tasks, None)
   assert values.shape == (30, batch or 15) and metrics['accuracy'].min() == 1
   assert values.max() < 1e-6
   if not batch:
@@ -144,7 +144,7 @@ def test_a_meta_update_takes_the_mean_over_tasks_each_normalised_by_itself(tasks
   constants = made.resident, parallel.replicate(jax.random.key(0))
   after, metrics = step(before, constants, parallel.lay_out(source.sample(0, tasks), tasks, 2))
 
-  images = source.decode(source.resident, source.sample(0, tasks))
+  images = jax.jit(source.decode)(source.resident, source.sample(0, tasks))
   assert images.query.targets.shape == (tasks, 9)  # 3 classes of 1 + 2 images
 
   def mean_loss(params, task):
@@ -175,19 +175,24 @@ def test_evaluation_fits_logistic_regression_to_features_of_length_1(mode):
   else:
     features = normalised(support, support), normalised(query, query if mode == 'transductive' else support)
   reference = LogisticRegression(C=3.0, tol=1e-8).fit(unit(features[0]), episode.support.targets)
-  adapted = learner.adapt(params, state, episode.support, None)
-  logits = learner.predict(params, state, adapted, episode.query.inputs)
+
+  @jax.jit
+  def evaluated(params, state):
+    adapted = learner.adapt(params, state, episode.support, None)
+    logits = learner.predict(params, state, adapted, episode.query.inputs)
+    embedded, given = learner.embedding.support(params, state, episode.support.inputs)
+    return logits, embedded, learner.embedding.query(params, given, episode.query.inputs)
+
+  logits, *embedded = evaluated(params, state)
   close(softmax(logits, axis=1), reference.predict_proba(unit(features[1])), atol=1e-4)
-  found, given = learner.embedding.support(params, state, episode.support.inputs)
-  close(found, features[0], atol=1e-5)
-  close(learner.embedding.query(params, given, episode.query.inputs), features[1], atol=1e-5)
+  jax.tree.map(lambda a, b: close(a, b, atol=1e-5), embedded, list(features))
 
 
 @pytest.mark.parametrize('mode', networks.BATCH_NORM_MODES)
 def test_training_normalises_by_the_task_and_running_mode_averages(mode):
   learner, task = make(Normed(), batch_norm=mode, batch_norm_momentum=0.7), merged_task(d=4)
   params, state = learner.init(jax.random.key(0), task.query.inputs)
-  values, (after, _) = learner.loss(params, state, task, None)
+  values, (after, _) = jax.jit(learner.loss)(params, state, task, None)
   x = task.query.inputs
   logits = normalised(x, x) @ np.asarray(params['head']['rows'])[IDS].T
   close(values, losses.CLASSIFICATION.losses(logits, task.query.targets), atol=1e-5)
@@ -217,9 +222,9 @@ def test_a_plain_classifier_has_a_row_of_each_training_class_and_is_tested_on_ep
   sizes = [made.sources[split].sample(0, 2)['rows'].shape for split in ('train', 'val', 'test')]
   assert sizes == [(2, 7, 1), (2, 3, 3), (2, 3, 3)]
   source = made.sources['test']
-  episode = jax.tree.map(lambda x: x[0], source.decode(source.resident, source.sample(0, 1)))
 
   def outputs(params, model_state):
+    episode = jax.tree.map(lambda x: x[0], source.decode(source.resident, source.sample(0, 1)))
     adapted = made.evaluation.adapt(params, model_state, episode.support, None)
     return made.evaluation.predict(params, model_state, adapted, episode.query.inputs)
 

@@ -120,12 +120,18 @@ def test_at_first_the_network_is_as_it_was_and_the_head_is_new():
     assert params['scale']['shortcut'].shape == (2, 4) and not params['shift']['conv_bias'].any()
     params, state = {**params, 'norm': {'norm': state['frozen']['norm']}}, dict(state)
     variables = {'params': state['frozen']}
-    support, query = (Small().apply(variables, x.inputs) for x in (episode.support, episode.query))
-    head = steps_of_the_head(params['head'], support, episode.support.targets, STEPS, RATE)[-1]
+
+    @jax.jit
+    def plain(head):
+      support, query = (Small().apply(variables, x.inputs) for x in (episode.support, episode.query))
+      head = steps_of_the_head(head, support, episode.support.targets, STEPS, RATE)[-1]
+      logits = query @ head['kernel'] + head['bias']
+      return cross_entropies(head, query, episode.query.targets), jnp.argmax(logits, axis=1) == episode.query.targets
+
     values, (after, metrics) = jax.jit(learner.loss)(params, state, episode, None)
-    close(values, cross_entropies(head, query, episode.query.targets))
-    best = np.argmax(query @ head['kernel'] + head['bias'], axis=1)
-    np.testing.assert_array_equal(metrics['accuracy'], best == episode.query.targets)
+    wanted, correct = plain(params['head'])
+    close(values, wanted)
+    np.testing.assert_array_equal(metrics['accuracy'], correct)
     jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
@@ -218,14 +224,19 @@ def test_evaluation_moves_the_head_alone_by_the_statistics_of_its_mode(mode):
 
     adapted, path, outputs, outputs_of_path, embedded = evaluated(params, state)
     frozen, known = state['frozen'], state['batch_stats']['norm'] if mode == 'running' else None
-    support, of_support = features_of(params, frozen, episode.support.inputs, known)
-    by = {'transductive': None, 'support': of_support, 'running': known}
-    query, _ = features_of(params, frozen, episode.query.inputs, by[mode])
-    heads = steps_of_the_head(params['head'], support, episode.support.targets, STEPS, RATE)
-    logits = [query @ head['kernel'] + head['bias'] for head in heads]
+
+    @jax.jit
+    def plain(params):
+      support, of_support = features_of(params, frozen, episode.support.inputs, known)
+      by = {'transductive': None, 'support': of_support, 'running': known}
+      query, _ = features_of(params, frozen, episode.query.inputs, by[mode])
+      heads = steps_of_the_head(params['head'], support, episode.support.targets, STEPS, RATE)
+      return (support, query), heads, [query @ head['kernel'] + head['bias'] for head in heads]
+
+    features, heads, logits = plain(params)
   assert jax.tree.structure(adapted.head) == jax.tree.structure(params['head'])
   jax.tree.map(np.testing.assert_array_equal, adapted.model_state['frozen'], frozen)
-  jax.tree.map(close, embedded, (support, query))
+  jax.tree.map(close, embedded, features)
   assert len(outputs_of_path) == STEPS + 1 and np.abs(heads[-1]['kernel'] - heads[0]['kernel']).max() > 0.01
   for k, (head, wanted) in enumerate(zip(heads, logits, strict=True)):
     jax.tree.map(lambda a, b, k=k: close(a[k], b), path.head, head)
@@ -239,12 +250,12 @@ def test_a_step_of_the_tensorflow_code_is_one_with_way_times_its_rate():
   with jax.enable_x64(True):
     learner, episode = make(inner_steps=1, inner_lr=WAY * rate), task()
     params, state = begun(learner)
-    features, _ = features_of(params, state['frozen'], episode.support.inputs)
+    features, _ = jax.jit(features_of)(params, state['frozen'], episode.support.inputs)
 
     def loss(head):
       return jnp.sum(cross_entropies(head, features, episode.support.targets) / SHOT)
 
-    expected = jax.tree.map(lambda w, g: w - rate * g, params['head'], jax.grad(loss)(params['head']))
+    expected = jax.tree.map(lambda w, g: w - rate * g, params['head'], jax.jit(jax.grad(loss))(params['head']))
     found = jax.jit(learner.adapt)(params, state, episode.support, None).head
   jax.tree.map(close, found, expected)
 
@@ -293,7 +304,7 @@ def test_dropout_is_for_training_alone_and_in_both_sets(mode, counted):
   wanted, (plain, _) = loss(params, state, with_images(episode, images), None)
   np.testing.assert_allclose(values, wanted, rtol=1e-3)
   assert dropped['counters']['calls'] == counted and plain['counters']['calls'] == 0
-  adapted = learner.adapt(params, state, episode.support, jax.random.key(1))
+  adapted = jax.jit(learner.adapt)(params, state, episode.support, jax.random.key(1))
   assert adapted.model_state['counters']['calls'] == 0
   assert learner.embedding.support(params, state, episode.support.inputs)[0].max() < 50
 
