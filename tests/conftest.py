@@ -7,6 +7,7 @@ import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from metajax import main
 from metajax.data import download
 from metajax.errors import UserError
 
@@ -32,6 +33,21 @@ def shared_cache(tmp_path_factory):
 def cache(shared_cache, monkeypatch):
   monkeypatch.setenv('METAJAX_CACHE', str(shared_cache))
   return shared_cache
+
+
+# A network of four features, and the run of a plain classifier that has trained it, for runs that begin with it.
+SMALL_CONV = ['--config.data.size=16', '--config.eval.val_episodes=4', '--config.eval.episodes=8']
+
+
+@pytest.fixture(scope='session')
+def pretrained(tmp_path_factory, shared_cache):
+  folder = tmp_path_factory.mktemp('runs') / 'pretrained'
+  plain = '--config.algorithm.name=classifier', '--config.data.batch=8'
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('METAJAX_CACHE', str(shared_cache))
+    arguments = *SMALL_CONV, *plain, '--config.total_steps=2', '--mode=train', f'--workdir={folder}'
+    assert main.main(['metajax', f'--config={TINY}', *arguments]) == 0
+  return folder
 
 
 @pytest.fixture

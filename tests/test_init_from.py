@@ -11,7 +11,7 @@ from metajax import experiment as experiment_lib
 from metajax import main, train, workdir, writer
 from metajax.checkpoint import Checkpoints
 from metajax.errors import UserError
-from tests.conftest import TINY
+from tests.conftest import SMALL_CONV, TINY
 
 SMALL = ['--config.model.name=mlp', '--config.model.hidden=(4,)', '--config.eval.val_episodes=4', '--mode=train']
 
@@ -73,6 +73,69 @@ def test_weights_of_another_network_are_refused_by_name(baseline, cache, tmp_pat
   assert 'params/head/kernel is (4, 3) instead of (4, 2)' in line and 'layer0' not in line
   assert run(tmp_path / 'run', f'--config.init_from={tmp_path / "nothing"}') == 2
   assert 'config.init_from: there is no trained run in' in capsys.readouterr().err
+
+
+def made_of(*overrides):
+  return experiment_lib.make(config_lib.override(config_lib.load(TINY), [*SMALL_CONV, *overrides]), None)
+
+
+@pytest.mark.parametrize(
+  ('algorithm', 'where'),
+  [
+    ('protonet', lambda state: state.params['embedding']),
+    ('maml', lambda state: state.params),
+    ('reptile', lambda state: state.params),
+    ('maml --config.algorithm.learned_lr=tensor', lambda state: state.params['network']),
+    ('meta_transfer', lambda state: state.model_state['frozen']),
+    ('classifier', lambda state: state.params['embedding']),
+  ],
+)
+def test_another_learner_begins_with_the_network_and_statistics_of_a_classifier(
+  pretrained, cache, capsys, algorithm, where
+):
+  made = made_of(*f'--config.algorithm.name={algorithm}'.split(), '--config.data.classes=(9, 6, 6)')
+  fresh = train.init_state(made, seed=7)
+  started = train.start_from(str(pretrained), fresh, made.algorithm.adopt)
+  assert capsys.readouterr().out == f'initial weights: the best of {pretrained}, its network\n'
+  params, model_state = Checkpoints(pretrained, read_only=True).best_weights()
+  network, taken = where(started), params['embedding']
+  assert_same({name: network[name] for name in taken}, taken)
+  assert_same(started.model_state['batch_stats'], model_state['batch_stats'])
+  assert np.any(model_state['batch_stats']['norm0']['mean'])
+  # All else is as it was: heads, scales, step sizes, optimiser.
+  where(started).update(where(fresh))
+  started.model_state['batch_stats'] = fresh.model_state['batch_stats']
+  assert jax.tree.structure(started) == jax.tree.structure(fresh)
+  assert_same(started, fresh)
+
+
+def test_a_classifier_of_the_same_classes_goes_on_with_all_of_it(pretrained, cache, capsys):
+  made = made_of('--config.algorithm.name=classifier', '--config.data.batch=8')
+  started = train.start_from(str(pretrained), train.init_state(made, seed=7), made.algorithm.adopt)
+  assert_same((started.params, started.model_state), Checkpoints(pretrained, read_only=True).best_weights())
+  assert capsys.readouterr().out == f'initial weights: the best of {pretrained}\n'
+
+
+@pytest.mark.parametrize(('algorithm', 'more'), [('protonet', 12), ('maml', 12), ('meta_transfer', 12 + 4)])
+def test_another_network_of_a_classifier_is_refused_leaf_by_leaf(pretrained, cache, algorithm, more):
+  """Statistics first; then kernels, scales and biases, and what is learned of kernels, but no head."""
+  made = made_of(f'--config.algorithm.name={algorithm}', '--config.model.width=3')
+  with pytest.raises(UserError) as refused:
+    train.start_from(str(pretrained), train.init_state(made, seed=0), made.algorithm.adopt)
+  assert (
+    f'{pretrained} has weights of another network: model_state/batch_stats/norm0/mean is (4,) instead of (3,); '
+    in (str(refused.value))
+  )
+  assert f'norm3/var is (4,) instead of (3,); and {more} more. Choose' in str(refused.value)
+
+
+def test_a_network_for_each_inner_step_and_one_that_does_not_lie_apart_are_refused(pretrained, baseline, cache):
+  made = made_of('--config.algorithm.name=mamlpp', '--config.algorithm.multi_step_epochs=0')
+  with pytest.raises(UserError, match=r'params/network/norm0/bias is \(4,\) instead of \(1, 4\)'):
+    train.start_from(str(pretrained), train.init_state(made, seed=0), made.algorithm.adopt)
+  made = made_of('--config.algorithm.name=protonet', '--config.model.name=mlp', '--config.model.hidden=(4,)')
+  with pytest.raises(UserError, match='params/embedding/layer0/bias is missing'):
+    train.start_from(str(baseline), train.init_state(made, seed=0), made.algorithm.adopt)
 
 
 def test_settings_of_sequences_come_back_from_the_command_line_and_from_a_file():

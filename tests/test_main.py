@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import fcntl
 import json
@@ -11,12 +12,22 @@ import sys
 import termios
 import time
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.special import log_softmax
+from sklearn.linear_model import LogisticRegression, Ridge
 
-from metajax import main, report, writer
-from tests.conftest import AS_USERS_COMPILE, TINY, start, tensorboard_events
+from metajax import config as config_lib
+from metajax import experiment as experiment_lib
+from metajax import main, report, train, writer
+from metajax import workdir as workdir_lib
+from metajax.algorithms import maml
+from metajax.checkpoint import Checkpoints
+from metajax.errors import UserError
+from tests.conftest import AS_USERS_COMPILE, SMALL_CONV, TINY, start, tensorboard_events
 
 MLP = '--config.model.name=mlp'  # compiles quickly, where the network does not matter
 
@@ -188,6 +199,100 @@ def test_eval_mode_with_the_last_checkpoint_as_well(finished, cache, tmp_path, c
   for name in ('accuracy', 'accuracy_ci95', 'loss', 'loss_ci95'):
     assert first[f'last_{name}'] == last[f'last_{name}'] == last[name] != first[name]
   assert first_each['last_accuracy'] == last_each['last_accuracy'] == last_each['accuracy']
+
+
+# Heads of three classes: logits of the queries, from the features and targets of the support set.
+
+
+def of_unit(head):
+  """A head that is given features of length 1."""
+
+  def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+  return lambda support, targets, query: head(unit(support), targets, unit(query))
+
+
+def means(support, targets):
+  return np.stack([support[targets == k].mean(axis=0) for k in range(3)])
+
+
+def nearest_means(support, targets, query):
+  return -np.sum(np.square(query[:, None] - means(support, targets)), axis=-1)
+
+
+def cosines(support, targets, query):
+  directions = means(support, targets)
+  return query @ (directions / np.linalg.norm(directions, axis=1, keepdims=True)).T
+
+
+def logistic_regression(support, targets, query):
+  return LogisticRegression(C=3.0, tol=1e-8).fit(support, targets).decision_function(query)
+
+
+def ridge(support, targets, query):
+  return Ridge(alpha=0.5).fit(support, np.eye(3)[targets]).predict(query)
+
+
+@pytest.mark.parametrize(
+  ('algorithm', 'head', 'expected'),
+  [
+    ('classifier', 'logistic_regression --config.eval.head_c=3.0', of_unit(logistic_regression)),
+    ('maml', 'ridge --config.eval.head_c=2.0', of_unit(ridge)),
+    ('protonet', 'prototype --config.eval.head_normalize=False', nearest_means),
+    ('meta_transfer', 'cosine', of_unit(cosines)),
+  ],
+)
+def test_eval_mode_with_a_head_is_a_loop_over_episodes(
+  pretrained, cache, tmp_path, capsys, monkeypatch, algorithm, head, expected
+):
+  if algorithm != 'maml':  # which has an inner loop, and none to draw with a head
+    monkeypatch.setattr(report, 'draw', lambda *arguments: None)
+  leaky = '--config.model.negative_slope=0.1'  # so that no features are all 0
+  overrides = [*SMALL_CONV, leaky, f'--config.algorithm.name={algorithm}']
+  config = config_lib.override(config_lib.load(TINY), overrides)
+  made = experiment_lib.make(config, None)
+  state = train.start_from(str(pretrained), train.init_state(made, seed=0), made.algorithm.adopt)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: np.float32(x + 0.1 * rng.standard_normal(x.shape)), state.params)
+  with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+    checkpoints.save(state._replace(step=np.int32(1), params=params), score=0.0)
+  workdir_lib.keep_config(tmp_path, config)
+  arguments = f'--config.eval.head={head} --config.eval.shot=2'.split()
+  assert run('--mode=eval', f'--workdir={tmp_path}', *arguments) == 0
+  printed = capsys.readouterr().out
+  result, each = (json.loads((tmp_path / name).read_text()) for name in ('test.json', 'test_episodes.json'))
+
+  source = experiment_lib.make(config_lib.override(config, arguments), None).sources['test']
+  episodes = jax.jit(source.decode)(source.resident, source.sample(0, 8))
+
+  @jax.jit
+  @jax.vmap
+  def embedded(episode):
+    features, given = made.algorithm.embedding.support(params, state.model_state, episode.support.inputs)
+    return features, made.algorithm.embedding.query(params, given, episode.query.inputs)
+
+  losses = []
+  for k, (support, query) in enumerate(zip(*jax.device_get(embedded(episodes)), strict=True)):
+    of_support, targets = (np.asarray(x.targets[k]) for x in (episodes.support, episodes.query))
+    logits = expected(support, of_support, query)
+    assert each['accuracy'][k] == pytest.approx(np.mean(logits.argmax(axis=1) == targets))
+    losses.append(-log_softmax(logits, axis=1)[np.arange(6), targets].mean())
+  assert result['loss'] == pytest.approx(np.mean(losses), rel=1e-4)
+  assert len(set(each['accuracy'])) > 1 and result['head'] == head.split()[0] and 'by_inner_step' not in result
+  assert f'{result["head"].replace("_", " ")} head' in printed.splitlines()[-1]
+
+
+def test_heads_that_there_are_not_and_learners_without_an_embedding_are_refused():
+  config = config_lib.override(config_lib.load(TINY), ['--config.eval.head=svm'])
+  with pytest.raises(UserError, match='a head is one of logistic_regression, ridge, prototype, cosine'):
+    experiment_lib.make(config, None)
+  config = config_lib.override(config_lib.load(TINY), ['--config.eval.head=ridge', '--config.algorithm.name=mamlpp'])
+  with pytest.raises(UserError, match='mamlpp with these settings has no embedding'):
+    experiment_lib.make(config, None)
+  without_head_form = maml.make(nn.Dense(3))
+  with pytest.raises(UserError, match='no embedding'):
+    experiment_lib.with_head(config, without_head_form, way=3)
 
 
 def test_errors_of_the_command_line(finished, cache, tmp_path, capsys, monkeypatch):

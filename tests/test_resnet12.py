@@ -209,16 +209,20 @@ def test_squares_are_dropped_as_by_a_loop(size, block_size):
   assert_same(layers.dropped(x, seeds, block_size), x * mask * mask.size / mask.sum(), rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_left_of_ones_has_the_mean_1_and_about_the_rate_is_dropped():
-  x = np.ones((64, 10, 10, 16), np.float32)
-  rng = np.random.default_rng(0)
-  probability = layers.seed_probability(0.1, 2, 10, 10)
-  out = np.asarray(layers.dropped(x, rng.random((64, 9, 9, 16)) < probability, 2))
-  np.testing.assert_allclose(out.mean(), 1, rtol=1e-5)
-  # A pixel inside is in reach of 4 seeds, one at an edge of 2, one at a corner of 1.
-  expected = (64 * (1 - probability) ** 4 + 32 * (1 - probability) ** 2 + 4 * (1 - probability)) / 100
-  np.testing.assert_allclose(np.mean(out != 0), expected, atol=0.003)
-  assert 0.9 < expected < 0.91
+# Maps of the last two blocks, of 84 and of 32 pixels, with the squares of the two sizes.
+@pytest.mark.parametrize(
+  ('side', 'block_size', 'gamma'), [(10, 5, 0.01111), (5, 5, 0.1), (4, 2, 0.04444), (2, 2, 0.1), (10, 2, 0.0309)]
+)
+def test_what_is_left_of_ones_has_the_mean_1_and_about_the_rate_is_dropped(side, block_size, gamma):
+  x = np.ones((64, side, side, 64), np.float32)
+  late = {'counters': {'calls': np.float32(40_000)}}
+  out = np.asarray(layers.DropBlock(0.1, block_size, 40_000).apply(late, x, rngs={'dropout': jax.random.key(0)}))
+  np.testing.assert_allclose(out.mean(), 1, rtol=1e-4)
+  starts = np.arange(side - block_size + 1)
+  reach = [np.sum((starts <= i) & (i < starts + block_size)) for i in range(side)]  # seeds, along a side
+  expected = np.mean((1 - gamma) ** np.outer(reach, reach))
+  np.testing.assert_allclose(np.mean(out != 0), expected, atol=0.01)
+  assert 0.9 - 1e-4 < expected < 0.93
 
 
 def test_where_nothing_is_left_the_gradient_is_zero():

@@ -127,11 +127,13 @@ def make(
     weights = network(params, model_state)
     features, of_support = networks.by_batch(model, weights, model_state, episode.support.inputs, rng_support)
     adapted, _ = descend(params, features, episode.support.targets)
-    normalise = networks.by_state if batch_norm == 'support' else networks.by_batch
-    given = of_support if batch_norm == 'support' else model_state
-    features, of_query = normalise(model, weights, given, episode.query.inputs, rng_query)
+    model_state = networks.updated(model_state, of_support, momentum)
+    if batch_norm == 'support':
+      features, of_query = networks.by_state(model, weights, of_support, episode.query.inputs, rng_query)
+    else:
+      features, of_query = networks.by_batch(model, weights, model_state, episode.query.inputs, rng_query)
     outputs = head.apply({'params': adapted}, features)
-    model_state = networks.updated(networks.updated(model_state, of_support, momentum), of_query, momentum)
+    model_state = networks.updated(model_state, of_query, momentum)
     metrics = objective.metrics(outputs, episode.query.targets)
     return objective.losses(outputs, episode.query.targets), (model_state, metrics)
 
