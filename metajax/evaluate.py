@@ -29,13 +29,10 @@ def make(algorithm, objective, source, *, episodes, seed, chunk='auto', trajecto
   """
 
   def metrics(params, model_state, episode, rng):
-    def of_adapted(adapted):
-      return score(objective, _outputs(algorithm, params, model_state, adapted, episode), episode.query.targets)
-
+    of_outputs = functools.partial(score, objective, targets=episode.query.targets)
     if trajectory:
-      # One inner step at a time: all at once would need the memory of as many query sets.
-      return jax.lax.map(of_adapted, algorithm.trajectory(params, model_state, episode.support, rng))
-    return of_adapted(algorithm.adapt(params, model_state, episode.support, rng))
+      return jax.vmap(of_outputs)(along(algorithm, params, model_state, episode, rng))
+    return of_outputs(_outputs(algorithm, params, model_state, episode, rng))
 
   return _over_episodes(metrics, source, episodes, seed, chunk)
 
@@ -49,8 +46,7 @@ def make_outputs(algorithm, source, *, episodes, seed, chunk='auto'):
   """
 
   def outputs(params, model_state, episode, rng):
-    adapted = algorithm.adapt(params, model_state, episode.support, rng)
-    return _outputs(algorithm, params, model_state, adapted, episode), episode.query.targets
+    return _outputs(algorithm, params, model_state, episode, rng), episode.query.targets
 
   return _over_episodes(outputs, source, episodes, seed, chunk)
 
@@ -83,10 +79,26 @@ def score(objective, outputs, targets):
   return jax.tree.map(jnp.mean, each)
 
 
-def _outputs(algorithm, params, model_state, adapted, episode):
-  outputs = algorithm.predict(params, model_state, adapted, episode.query.inputs)
-  # A network may have more outputs than the task has classes.
-  return outputs[:, : episode.class_ids.size] if episode.class_ids.size else outputs
+def along(algorithm, params, model_state, episode, rng):
+  """Outputs on an episode's queries before adaptation and after each inner step, (inner_steps + 1, queries, ...)."""
+  support, inputs = episode.support, episode.query.inputs
+  if algorithm.predict_along:
+    outputs = algorithm.predict_along(params, model_state, support, inputs, rng)
+  else:
+    # One inner step at a time: all at once would need the memory of as many query sets.
+    path = algorithm.trajectory(params, model_state, support, rng)
+    outputs = jax.lax.map(lambda adapted: algorithm.predict(params, model_state, adapted, inputs), path)
+  return _of_classes(outputs, episode)
+
+
+def _outputs(algorithm, params, model_state, episode, rng):
+  adapted = algorithm.adapt(params, model_state, episode.support, rng)
+  return _of_classes(algorithm.predict(params, model_state, adapted, episode.query.inputs), episode)
+
+
+def _of_classes(outputs, episode):
+  """A network may have more outputs than the task has classes."""
+  return outputs[..., : episode.class_ids.size] if episode.class_ids.size else outputs
 
 
 def _over_episodes(function, source, episodes, seed, chunk):

@@ -123,7 +123,7 @@ def with_head(config, algorithm, way):
     raise UserError(f'config.eval.head: {config.algorithm.name} with these settings has no embedding to fit a head to')
   head = heads.make(config.eval.head, c=config.eval.head_c, normalize=config.eval.head_normalize)
   adapt, predict = heads.learner(head, algorithm.embedding, way)
-  return algorithm._replace(adapt=adapt, predict=predict, trajectory=None)
+  return algorithm._replace(adapt=adapt, predict=predict, trajectory=None, predict_along=None)
 
 
 def make_hard(config, table, source):

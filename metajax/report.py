@@ -363,12 +363,10 @@ def _predictor(experiment, state, source):
     episode = jax.tree.map(lambda x: x[0], source.decode(resident, batch))
     rng = jax.random.key(0)
 
-    def outputs(adapted):
-      return algorithm.predict(params, model_state, adapted, episode.query.inputs)
-
-    if algorithm.trajectory is None:
-      return episode, outputs(algorithm.adapt(params, model_state, episode.support, rng))[None]
-    return episode, jax.vmap(outputs)(algorithm.trajectory(params, model_state, episode.support, rng))
+    if algorithm.trajectory is not None:
+      return episode, evaluate.along(algorithm, params, model_state, episode, rng)
+    adapted = algorithm.adapt(params, model_state, episode.support, rng)
+    return episode, algorithm.predict(params, model_state, adapted, episode.query.inputs)[None]
 
   def predict_number(number):
     batch = source.sample(number, 1)

@@ -51,6 +51,9 @@ class Algorithm(NamedTuple):
   # Like `adapt`, but with a leading axis of inner_steps + 1: before adaptation, after step 1, 2, ... None where
   # there is no inner loop.
   trajectory: Callable | None = None
+  # (params, model_state, support, inputs, rng) -> outputs (inner_steps + 1, n, way), those of `predict` along the
+  # trajectory, where there is a cheaper way than a prediction for each step.
+  predict_along: Callable | None = None
   # Like `loss`, of several episodes at once: a leading axis of them in, losses (episodes, query) out. None where each
   # is by itself; otherwise they share a pass through the network.
   group_loss: Callable | None = None

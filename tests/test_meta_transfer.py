@@ -220,9 +220,10 @@ def test_evaluation_moves_the_head_alone_by_the_statistics_of_its_mode(mode):
       predict = functools.partial(learner.predict, params, state, inputs=episode.query.inputs)
       embedded, given = learner.embedding.support(params, state, episode.support.inputs)
       query = learner.embedding.query(params, given, episode.query.inputs)
-      return adapted, path, predict(adapted), jax.vmap(predict)(path), (embedded, query)
+      along = learner.predict_along(params, state, episode.support, episode.query.inputs, jax.random.key(0))
+      return adapted, path, predict(adapted), jax.vmap(predict)(path), along, (embedded, query)
 
-    adapted, path, outputs, outputs_of_path, embedded = evaluated(params, state)
+    adapted, path, outputs, outputs_of_path, along, embedded = evaluated(params, state)
     frozen, known = state['frozen'], state['batch_stats']['norm'] if mode == 'running' else None
 
     @jax.jit
@@ -241,6 +242,7 @@ def test_evaluation_moves_the_head_alone_by_the_statistics_of_its_mode(mode):
   for k, (head, wanted) in enumerate(zip(heads, logits, strict=True)):
     jax.tree.map(lambda a, b, k=k: close(a[k], b), path.head, head)
     close(outputs_of_path[k], wanted)
+  close(along, outputs_of_path)
   jax.tree.map(lambda a, b: close(a, b[-1]), (adapted.head, outputs), (path.head, outputs_of_path))
 
 

@@ -111,11 +111,21 @@ def make(
     features, targets, model_state = embedded(params, model_state, support)
     return Adapted(descend(params, features, targets)[0], model_state)
 
+  def heads_along(params, model_state, support):
+    """The head before each inner step and after the last, and the statistics for queries."""
+    features, targets, model_state = embedded(params, model_state, support)
+    return inner_loop.prepend(params['head'], descend(params, features, targets, path=True)[2]), model_state
+
   def trajectory(params, model_state, support, rng):
     del rng
-    features, targets, model_state = embedded(params, model_state, support)
-    path = inner_loop.prepend(params['head'], descend(params, features, targets, path=True)[2])
+    path, model_state = heads_along(params, model_state, support)
     return jax.vmap(lambda weights: Adapted(weights, model_state))(path)
+
+  def predict_along(params, model_state, support, inputs, rng):
+    del rng
+    path, model_state = heads_along(params, model_state, support)
+    features = embedding.query(params, model_state, inputs)  # of all steps: the network does not change
+    return jax.vmap(lambda weights: head.apply({'params': weights}, features))(path)
 
   def predict(params, model_state, adapted, inputs):
     del model_state
@@ -137,7 +147,7 @@ def make(
     metrics = objective.metrics(outputs, episode.query.targets)
     return objective.losses(outputs, episode.query.targets), (model_state, metrics)
 
-  return Algorithm(init, adapt, predict, loss, trajectory, embedding=embedding, adopt=adopt)
+  return Algorithm(init, adapt, predict, loss, trajectory, predict_along, embedding=embedding, adopt=adopt)
 
 
 def mirrored(examples):
