@@ -49,7 +49,7 @@ def get_config(arg=None):
   images, tasks = CELLS.get((arg.data, arg.shot), (10, 4))
   tasks = arg.tasks or tasks
   config = ml_collections.ConfigDict()
-  config.eval_every = config.checkpoint_every = EPOCH // tasks
+  config.eval_every = config.checkpoint_every = max(EPOCH // tasks, 1)
   config.total_steps = arg.epochs * config.eval_every
   config.stop_patience = 15
   config.data = dict(name=arg.data, tasks=tasks, way=5, shot=images // 2, query_shot=images - images // 2)

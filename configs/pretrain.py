@@ -1,6 +1,6 @@
 r"""A plain classifier over all training classes: the first phase of Meta-Transfer Learning (Sun et al. 2019).
 
-    python -m metajax.main --config=configs/pretrain.py:data=mini_imagenet,code=pytorch --workdir=runs/pretrained
+    python -m metajax.main --config=configs/pretrain.py:data=mini_imagenet,code=tensorflow --workdir=runs/pretrained
     python -m metajax.main --config=configs/pretrain.py:data=omniglot,model=conv4,steps=2000 --data_dir=DIR
 
 Its workdir is what `--config.init_from` of configs/meta_transfer.py takes, or of any learner with the same network. It
@@ -11,9 +11,12 @@ codes:
   5,000 meta-updates; 10,000 of them (theirs run on to 20,000 and take the weights in the middle). Their flipped copies
   on disk are random flips here.
 - pytorch: ResNet-25 of 640 features, images of 80 pixels, batches of 128, a hidden layer of 1,000 units, SGD with
-  Nesterov momentum from 0.1, a fifth after every 30 of 110 epochs. Images are cut from the middle 80 of 92 pixels,
-  where theirs are cut from all of them. Its author reports 57.8 % in 1-shot validation on mini-ImageNet with a head
-  that begins at random.
+  Nesterov momentum from 0.1, a fifth after every 30 of 110 epochs. Of mini- and tiered-ImageNet images are cut from the
+  middle 80 of 92 pixels, where theirs are cut from all of them; those of CIFAR-100 are made 80 pixels large. Its author
+  reports 57.8 % in 1-shot validation on mini-ImageNet with a head that begins at random.
+
+A batch is one task, so that one device has all of it. For four: `--config.data.tasks=4 --config.data.batch=16`, where
+each task has batch statistics of its own.
 """
 
 import ml_collections
@@ -26,7 +29,7 @@ MODELS = {'tensorflow': 'resnet12_mtl', 'pytorch': 'resnet25'}
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, data='mini_imagenet', code='pytorch', model='', way=5, shot=1, steps=0)
+  arg = parse_arg(arg, data='mini_imagenet', code='tensorflow', model='', way=5, shot=1, steps=0)
   if arg.code not in MODELS:
     raise UserError(f'--config: code is one of {", ".join(MODELS)}, not {arg.code!r}')
   config = ml_collections.ConfigDict()
@@ -45,11 +48,13 @@ def get_config(arg=None):
     config.data.batch = 128
     epoch = IMAGES.get(arg.data, 12_800) // config.data.batch
     config.total_steps = arg.steps or 110 * epoch
-    ends = [config.total_steps * k // 110 for k in (30, 60, 90)]
+    rates = {config.total_steps * k // 110: rate for k, rate in ((30, 0.02), (60, 0.004), (90, 0.0008))}
+    rates.pop(0, None)  # of a run of a few meta-updates
     config.algorithm.hidden = 1000
     config.optimizer = dict(name='sgd', learning_rate=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    config.optimizer.update(schedule='steps', boundaries=tuple(ends), rates=(0.02, 0.004, 0.0008))
-  config.eval_every = config.checkpoint_every = max(config.total_steps // 20, 1)
+    if rates:
+      config.optimizer.update(schedule='steps', boundaries=tuple(rates), rates=tuple(rates.values()))
+  config.eval_every = config.checkpoint_every = max(config.total_steps // (20 if arg.code == 'tensorflow' else 110), 1)
   if arg.data in IMAGES:
     config.data.size = 84 if arg.code == 'tensorflow' else 80
     config.data.augment = ('flip',) if arg.code == 'tensorflow' else ('resized_crop', 'flip')

@@ -83,7 +83,9 @@ def make(config, data_dir, needed=('train', 'test')):
   )
   evaluation = config_lib.build(config, 'algorithm', model, way=way, **supplied, **for_evaluation)
   if config.eval.head:
-    evaluation = with_head(config, evaluation, way)
+    evaluation = with_head(config, evaluation, objective, way)
+  elif (config.eval.head_c, config.eval.head_normalize) != (1.0, True):
+    raise UserError('config.eval.head_c and head_normalize are of the head that config.eval.head names: name one')
   example = np.zeros(shapes.support.inputs.shape[1:], np.float32)
   if not regression and way > config.data.way:
     check_outputs(evaluation._replace(init=algorithm.init), shapes.support, example, way)
@@ -117,11 +119,16 @@ def make(config, data_dir, needed=('train', 'test')):
   )
 
 
-def with_head(config, algorithm, way):
+def with_head(config, algorithm, objective, way):
   """The algorithm with the head that `config.eval` names, fitted to its embedding, in place of its own adaptation."""
+  if objective is not losses.CLASSIFICATION:
+    raise UserError('config.eval.head: heads are of classes, and regression has none')
   if algorithm.embedding is None:
     raise UserError(f'config.eval.head: {config.algorithm.name} with these settings has no embedding to fit a head to')
-  head = heads.make(config.eval.head, c=config.eval.head_c, normalize=config.eval.head_normalize)
+  try:
+    head = heads.make(config.eval.head, c=config.eval.head_c, normalize=config.eval.head_normalize)
+  except UserError as error:
+    raise UserError(f'config.eval.head: {error}') from error
   adapt, predict = heads.learner(head, algorithm.embedding, way)
   return algorithm._replace(adapt=adapt, predict=predict, trajectory=None, predict_along=None)
 
@@ -133,8 +140,6 @@ def make_hard(config, table, source):
     raise UserError(
       'config.data.hard_updates: hard tasks are classification episodes, one by one: batch = 0, group = 1'
     )
-  if isinstance(source.resident, tuple):
-    raise UserError('config.data.hard_updates: the device draws hard tasks; set config.data.placement=device')
   return hard_tasks.make(
     table,
     way=data.way,

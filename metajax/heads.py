@@ -1,7 +1,7 @@
 """Linear heads that are fitted to a task's embedded support images, whatever embeds them.
 
-Functions of ONE task, to be mapped over tasks by the caller, in float32; gradients do not flow through a fit. Every
-class has a support image.
+Functions of ONE task, to be mapped over tasks by the caller, in float32. They are for evaluation: a fit is not meant to
+be differentiated. Every class has a support image.
 """
 
 import functools

@@ -48,7 +48,7 @@ def test(config, experiment, state, workdir, checkpoints):
   result = _after_last_step(summary)
   result |= {'episodes': faced['episodes'], 'way': faced['way'] if classification else None}
   result |= {'shot': faced['shot'], 'query_shot': faced['query_shot']}
-  result |= {name: each.get(name) for name in ('inner_steps', 'head', 'head_c')}
+  result |= {name: each.get(name) for name in ('inner_steps', 'head', 'head_c', 'head_normalize', 'mirror')}
   if classification:
     result['batch_norm'] = faced['batch_norm']
     result['classes'] = experiment.sources['test'].num_classes
@@ -218,15 +218,17 @@ def protocol(config):
 def adaptation(config):
   """How a run adapts in evaluation: its inner loop's settings and its head.
 
-  None for those that there are not, 'learned' for step sizes that are. The head is that of `config.eval`.
+  None for those that there are not, 'learned' for step sizes that are.
   """
+  names = *config_lib.OF_INNER_LOOP, 'head', 'head_c', 'head_normalize', 'mirror'
   if config.eval.head:
-    head = {name: config.eval[name] for name in ('head', 'head_c', 'head_normalize')}
-    return {**dict.fromkeys(config_lib.OF_INNER_LOOP), **head}
+    return dict.fromkeys(names) | {name: config.eval[name] for name in ('head', 'head_c', 'head_normalize')}
   settings = {name: _chosen(config, 'algorithm', name) for name in config_lib.OF_INNER_LOOP}
   if config.algorithm.get('learned_lr', 'no') != 'no':
     settings['inner_lr'] = 'learned'
-  return settings | {'head': None}
+  head, mirror = config.algorithm.get('head'), config.algorithm.get('mirror') or None
+  of_head = {'head': head, 'head_c': config.algorithm.get('head_c'), 'head_normalize': True} if head else {}
+  return dict.fromkeys(names) | settings | of_head | {'mirror': mirror}
 
 
 def _chosen(config, group, name):
@@ -273,6 +275,8 @@ def test_line(result):
   protocol = [f'{result["way"]}-way {shot}' if 'way' in result else shot, f'{result["episodes"]} episodes']
   if 'head' in result:
     protocol.append(f'{result["head"].replace("_", " ")} head')
+  if 'mirror' in result:
+    protocol.append('mirrored support')
   if 'batch_norm' in result:
     protocol.append(f'{result["batch_norm"]} batch norm')
   if 'dataset_notes' in result:

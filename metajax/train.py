@@ -187,6 +187,8 @@ def train(config, experiment, workdir, checkpoints, stop):
   processes.on_first(workdir_lib.forget_test, workdir)
 
   source = experiment.sources['train']
+  if experiment.hard and isinstance(source.resident, tuple):
+    raise UserError('config.data.hard_updates: the device draws hard tasks; set config.data.placement=device')
   chunk = parallel.chunk_size(config.chunk, tasks, evaluate.elements(source))
   first, count = parallel.own_tasks(tasks, chunk)
 
@@ -206,6 +208,8 @@ def train(config, experiment, workdir, checkpoints, stop):
     contextlib.closing(pipeline.prefetch(make_batch, range(done + 1, total + 1), progress.waited)) as batches,
   ):
     progress.say(f'training {workdir} from step {done}: {describe(state)}')
+    if not config.init_from and 'frozen' in state.model_state:
+      progress.say('the frozen network has random weights: config.init_from names a run with trained ones')
     if validate is None:
       progress.say('no validation split: the last checkpoint will be the one to test')
     if (start := experiment.phases[-1].start) >= total:

@@ -103,10 +103,14 @@ def test_a_run_collects_as_a_loop_would_and_a_resumed_one_is_the_same_to_the_bit
   assert (whole.hard >= 0).all() and at_4.hard.tolist()[2:] == [-1] * 4 and (at_4.hard[:2] == whole.hard[:2]).all()
 
 
+def test_the_host_cannot_draw_them(cache, tmp_path, capsys):
+  assert run(tmp_path / 'run', '--config.data.placement=host') == 2
+  assert 'config.data.hard_updates: the device draws hard tasks' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   ('override', 'message'),
   [
-    ('--config.data.placement=host', 'placement=device'),
     ('--config.data.group=2', 'group = 1'),
     ('--config.data.random_updates=0', 'random_updates = 0'),
     ('--config.algorithm.name=classifier --config.data.batch=4', 'batch = 0'),

@@ -238,7 +238,11 @@ def make(
     )
     for start in sorted({0, first_order_end, multi_step_end})
   )
-  features, by_step = networks.without_head(model), per_step_norm or per_step_statistics
+  # There is no one network where each step has parts of its own.
+  features = None if per_step_norm or per_step_statistics else networks.without_head(model)
+  embedding = features and networks.embedding(
+    features, batch_norm, lambda params, _: params['network'] if learned else params
+  )
   return Algorithm(
     init,
     adapt,
@@ -246,11 +250,8 @@ def make(
     loss,
     trajectory,
     phases=phases if len(phases) > 1 else (),
-    # There is no one network where each step has parts of its own.
-    embedding=None
-    if features is None or by_step
-    else networks.embedding(features, batch_norm, lambda params, _: params['network'] if learned else params),
-    adopt=None if features is None else networks.adopt,
+    embedding=embedding,
+    adopt=embedding and networks.adopt,
   )
 
 

@@ -2,7 +2,7 @@
 
 The outer loop learns a scale of each pair of channels of each convolution, a shift of each channel, and the initial
 head; the inner loop moves the head alone, on features that are computed once. The network comes from a run that
-`config.init_from` names, such as the pre-training of `configs/meta_transfer.py`; from random weights otherwise.
+`config.init_from` names, such as the pre-training of `configs/pretrain.py`; from random weights otherwise.
 """
 
 from typing import Any, NamedTuple
@@ -72,6 +72,9 @@ def make(
   model = networks.without_head(model)
   head = nn.Dense(way, kernel_init=nn.initializers.glorot_uniform())
 
+  def logits(weights, features):
+    return features @ weights['kernel'] + weights['bias']  # of as many classes as there were in training
+
   def network(params, model_state):
     learned = {kind: x for kind, x in params.items() if kind != 'head'}
     return scale_shift.apply(model_state['frozen'], learned)
@@ -94,7 +97,7 @@ def make(
     """The inner loop: what `inner_loop.sgd` returns."""
 
     def support_loss(weights, _):
-      return jnp.mean(objective.losses(head.apply({'params': weights}, features), targets)), ()
+      return jnp.mean(objective.losses(logits(weights, features), targets)), ()
 
     rates = np.full((inner_steps,), inner_lr, np.float32)
     return inner_loop.sgd(support_loss, params['head'], rates, first_order=first_order, **options)
@@ -125,11 +128,11 @@ def make(
     del rng
     path, model_state = heads_along(params, model_state, support)
     features = embedding.query(params, model_state, inputs)  # of all steps: the network does not change
-    return jax.vmap(lambda weights: head.apply({'params': weights}, features))(path)
+    return jax.vmap(logits, (0, None))(path, features)
 
   def predict(params, model_state, adapted, inputs):
     del model_state
-    return head.apply({'params': adapted.head}, embedding.query(params, adapted.model_state, inputs))
+    return logits(adapted.head, embedding.query(params, adapted.model_state, inputs))
 
   def loss(params, model_state, episode, rng):
     rng_support, rng_query = networks.split(rng)
@@ -142,7 +145,7 @@ def make(
       features, of_query = networks.by_state(model, weights, of_support, episode.query.inputs, rng_query)
     else:
       features, of_query = networks.by_batch(model, weights, model_state, episode.query.inputs, rng_query)
-    outputs = head.apply({'params': adapted}, features)
+    outputs = logits(adapted, features)
     model_state = networks.updated(model_state, of_query, momentum)
     metrics = objective.metrics(outputs, episode.query.targets)
     return objective.losses(outputs, episode.query.targets), (model_state, metrics)

@@ -6,6 +6,7 @@ the collection is emptied and all begins again. What the paper leaves open is de
 
 - Tasks of fewer collected classes than `way` are filled up with random classes of the split.
 - Of classes of equal accuracy the one with the greater loss is collected.
+- A meta-update is of as many tasks as there are in a meta-batch; of one each, as Algorithm 1 reads, with tasks = 1.
 - Accuracies are of the queries after adaptation, before the meta-update.
 
 What was collected is part of the training state, so a resumed run is the run that was never stopped. The device draws
