@@ -291,7 +291,12 @@ def start_from(workdir, state, adopt=None):
         raise UserError(f'config.init_from: there is no trained run in {workdir}')
       params, model_state = checkpoints.best_weights()
     found, part = {'params': params, 'model_state': model_state}, ''
-    if adopt and 'embedding' in params and mismatches(found, like):
+    if 'embedding' in params and mismatches(found, like):
+      if adopt is None:
+        raise UserError(
+          f'config.init_from: {workdir} has a network for another algorithm to begin with, but this one, with its '
+          'settings, can only begin with weights of its own kind'
+        )
       statistics = {name: x for name, x in model_state.items() if name == 'batch_stats'}
       params, model_state = adopt(*like.values(), params['embedding'], statistics)
       found, part = {'params': params, 'model_state': model_state}, ', its network'

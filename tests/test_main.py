@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from metajax import config as config_lib
 from metajax import experiment as experiment_lib
-from metajax import main, report, train, writer
+from metajax import losses, main, report, train, writer
 from metajax import workdir as workdir_lib
 from metajax.algorithms import maml
 from metajax.checkpoint import Checkpoints
@@ -292,7 +292,12 @@ def test_heads_that_there_are_not_and_learners_without_an_embedding_are_refused(
     experiment_lib.make(config, None)
   without_head_form = maml.make(nn.Dense(3))
   with pytest.raises(UserError, match='no embedding'):
-    experiment_lib.with_head(config, without_head_form, way=3)
+    experiment_lib.with_head(config, without_head_form, losses.CLASSIFICATION, way=3)
+  with pytest.raises(UserError, match='regression has none'):
+    experiment_lib.with_head(config, without_head_form, losses.REGRESSION, way=3)
+  config = config_lib.override(config_lib.load(TINY), ['--config.eval.head_c=3'])
+  with pytest.raises(UserError, match='name one'):
+    experiment_lib.make(config, None)
 
 
 def test_errors_of_the_command_line(finished, cache, tmp_path, capsys, monkeypatch):
