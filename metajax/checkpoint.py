@@ -72,8 +72,7 @@ class Checkpoints:
     restored = self._manager.restore(step, args=args)
     state = restored.state if like is None else restored.state._asdict()
     for field in fields:
-      # A field that a run does not use may be younger than its checkpoint.
-      if jax.tree.leaves(state[field]) and _checksum(state[field]) != restored.checksum['crc32'][field]:
+      if _checksum(state[field]) != restored.checksum['crc32'][field]:
         raise ValueError(f'the checksum of its {field} does not match')
     return restored.state
 
