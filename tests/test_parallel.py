@@ -104,7 +104,7 @@ def loop_over_tasks():
 
   def task_loss(params, episode):
     losses, (model_state, metrics) = experiment.algorithm.loss(params, state.model_state, episode, None)
-    return losses.mean(), (model_state, metrics['accuracy'])
+    return losses.mean(), (model_state, metrics['accuracy'].mean())
 
   gradient = jax.jit(jax.value_and_grad(task_loss, has_aux=True))
   source = experiment.sources['train']

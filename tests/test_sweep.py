@@ -48,7 +48,7 @@ def leave(arguments, values=None, ensemble=None):
   }
   result = {'episodes': len(values), 'checkpoint_step': given.total_steps}
   if ensemble:
-    result |= {'ensemble_accuracy': ensemble[0], 'ensemble_accuracy_ci95': ensemble[1]}
+    result |= {'ensemble_accuracy': ensemble[0], 'ensemble_accuracy_ci95': ensemble[1], 'ensemble_checkpoints': [6]}
   (folder / 'test_episodes.json').write_text(json.dumps(each))
   (folder / 'test.json').write_text(json.dumps(result))
   score = folder / 'checkpoints' / str(given.total_steps) / 'metrics' / 'metrics'
