@@ -283,7 +283,11 @@ def inner_steps(path, values, ci95, *, quantity, way=None):
     ax.annotate(
       f'chance, {scale / way:.3g} %', (1, scale / way), (0, 4), ax.get_yaxis_transform(), 'offset points',
       ha='right', va='bottom', color=GREY)  # fmt: skip
-  ax.errorbar(steps, values, ci95, color=BLUE, linewidth=2.2, marker='o', markersize=6, capsize=4, elinewidth=1.4)
+  if len(steps) <= 21:
+    ax.errorbar(steps, values, ci95, color=BLUE, linewidth=2.2, marker='o', markersize=6, capsize=4, elinewidth=1.4)
+  else:  # too many to tell apart
+    ax.plot(steps, values, color=BLUE, linewidth=2.2)
+    ax.fill_between(steps, values - ci95, values + ci95, color=BLUE, alpha=0.25, linewidth=0)
   for step in {0, len(values) - 1}:
     side = -1 if step == 0 and values[-1] > values[0] else 1  # where the curve does not go
     text = f'{values[step]:.1f} %' if scale == 100 else f'{values[step]:.3g}'
