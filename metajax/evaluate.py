@@ -80,7 +80,12 @@ def score(objective, outputs, targets):
 
 
 def along(algorithm, params, model_state, episode, rng):
-  """Outputs on an episode's queries before adaptation and after each inner step, (inner_steps + 1, queries, ...)."""
+  """Outputs on an episode's queries before adaptation and after each inner step, (inner_steps + 1, queries, ...).
+
+  Without an inner loop to watch, those after adaptation alone, (1, queries, ...).
+  """
+  if algorithm.trajectory is None:
+    return _outputs(algorithm, params, model_state, episode, rng)[None]
   support, inputs = episode.support, episode.query.inputs
   if algorithm.predict_along:
     outputs = algorithm.predict_along(params, model_state, support, inputs, rng)

@@ -36,14 +36,8 @@ _COUNTS = (
   *('eval.episodes', 'eval.val_episodes'),
 )
 _COUNTS_OR_ZERO = (
-  'seed',
-  'data.batch',
-  'data.hard_updates',
-  'eval.seed',
-  'eval.ensemble',
-  'log_every',
-  'eval_every',
-  'checkpoint_every',
+  *('seed', 'log_every', 'eval_every', 'checkpoint_every'),
+  *('data.batch', 'data.hard_updates', 'eval.seed', 'eval.ensemble'),
 )
 
 

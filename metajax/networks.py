@@ -94,6 +94,11 @@ def updated(old, new, momentum=1.0):
   return state
 
 
+def changing(model_state):
+  """What of it training or the data may change: all but what is 'frozen'."""
+  return {name: x for name, x in model_state.items() if name != 'frozen'}
+
+
 def averaged(old, new, momentum):
   """Running averages after new statistics, which are taken as constants; with a momentum of 1 those before."""
   if momentum == 1:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metajax import parallel
+from metajax import networks, parallel
 from metajax.errors import UserError
 
 
@@ -32,7 +32,7 @@ def gradient(loss, params, model_state, episodes, local, rng, *, tasks, coeffici
 
   def outer_loss(params, coefficients, episode, rng):
     losses, (model_state, metrics) = loss(params, model_state_before, episode, rng)
-    losses, model_state = losses.reshape(-1), changing(model_state)
+    losses, model_state = losses.reshape(-1), networks.changing(model_state)
     if jnp.ndim(coefficients) and coefficients.shape != losses.shape:
       raise UserError('config.weighting weights single queries, but the algorithm has one loss for a task')
     return jnp.mean(coefficients * losses), (losses, model_state, metrics)
@@ -57,14 +57,10 @@ def gradient(loss, params, model_state, episodes, local, rng, *, tasks, coeffici
     return (grads, jax.tree.map(average, model_state)), (losses, metrics)
 
   like = params if trials is None else jax.tree.map(lambda p: jnp.stack([p] * (1 + len(trials))), params)
-  like = like, changing(model_state)
+  # What is frozen is not averaged, so that it stays as it is to the bit.
+  like = like, networks.changing(model_state)
   (grads, model_state), (losses, metrics) = parallel.mean_over_tasks(of_chunk, like, local, tasks)
   return grads, model_state, losses, metrics
-
-
-def changing(model_state):
-  """What of it is not 'frozen': not to be averaged, so that it stays as it is to the bit."""
-  return {name: x for name, x in model_state.items() if name != 'frozen'}
 
 
 def trial_losses(loss, tx, opt_state, params, model_state, grads, episodes, local, rng, *, tasks):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from metajax import config as config_lib
-from metajax import evaluate, figures, parallel, processes, writer
+from metajax import evaluate, figures, networks, parallel, processes, writer
 from metajax.data import episodes
 from metajax.errors import UserError
 from metajax.files import write_atomically
@@ -220,15 +220,18 @@ def adaptation(config):
 
   None for those that there are not, 'learned' for step sizes that are.
   """
-  names = *config_lib.OF_INNER_LOOP, 'head', 'head_c', 'head_normalize', 'mirror'
+  of_head = 'head', 'head_c', 'head_normalize'
   if config.eval.head:
-    return dict.fromkeys(names) | {name: config.eval[name] for name in ('head', 'head_c', 'head_normalize')}
-  settings = {name: _chosen(config, 'algorithm', name) for name in config_lib.OF_INNER_LOOP}
-  if config.algorithm.get('learned_lr', 'no') != 'no':
-    settings['inner_lr'] = 'learned'
-  head, mirror = config.algorithm.get('head'), config.algorithm.get('mirror') or None
-  of_head = {'head': head, 'head_c': config.algorithm.get('head_c'), 'head_normalize': True} if head else {}
-  return dict.fromkeys(names) | settings | of_head | {'mirror': mirror}
+    found = {name: config.eval[name] for name in of_head}
+  else:
+    found = {name: _chosen(config, 'algorithm', name) for name in config_lib.OF_INNER_LOOP}
+    if config.algorithm.get('learned_lr', 'no') != 'no':
+      found['inner_lr'] = 'learned'
+    if config.algorithm.get('head'):
+      found |= {'head': config.algorithm.head, 'head_c': config.algorithm.get('head_c'), 'head_normalize': True}
+    if config.algorithm.get('mirror'):
+      found['mirror'] = True
+  return dict.fromkeys((*config_lib.OF_INNER_LOOP, *of_head, 'mirror')) | found
 
 
 def _chosen(config, group, name):
@@ -249,7 +252,7 @@ def episode_results(config, experiment, state, values):
     'dataset_notes', all that the data set lacks; what `adaptation` returns, 'checkpoint_step'; and 'accuracy'
     (fractions), in regression 'loss', of each episode after the last inner step, a list as long as there are episodes.
   """
-  batch_norm = config.algorithm.get('batch_norm') if state.model_state else 'no'
+  batch_norm = config.algorithm.get('batch_norm') if networks.changing(state.model_state) else 'no'
   found = batch_norm if 'accuracy' in values else None, list(getattr(experiment.splits['test'], 'notes', ()))
   return {
     'protocol': {**protocol(config), **dict(zip(FOUND, found, strict=True))},
@@ -327,7 +330,7 @@ def draw(experiment, state, result, folder):
     figures.inner_steps(folder / 'inner_steps.png', values, ci95, quantity=quantity, way=result.get('way'))
   if quantity == 'accuracy':
     episode, outputs = _predictor(experiment, state, experiment.sources['test'])(0)
-    predictions = outputs[-1][:, : result['way']].argmax(axis=-1)
+    predictions = outputs[-1].argmax(axis=-1)
     figures.episode_grid(folder / 'episode.png', episode.support, episode.query, predictions, way=result['way'])
   else:
     figures.regression_curves(folder / 'regression.png', _curves(experiment, state, result['shot']))
@@ -360,17 +363,11 @@ def _predictor(experiment, state, source):
 
   They are the episode, and the query outputs (steps + 1, n, ...) along the inner loop, (1, n, ...) without one.
   """
-  algorithm = experiment.evaluation
 
   @jax.jit
   def predict(params, model_state, resident, batch):
     episode = jax.tree.map(lambda x: x[0], source.decode(resident, batch))
-    rng = jax.random.key(0)
-
-    if algorithm.trajectory is not None:
-      return episode, evaluate.along(algorithm, params, model_state, episode, rng)
-    adapted = algorithm.adapt(params, model_state, episode.support, rng)
-    return episode, algorithm.predict(params, model_state, adapted, episode.query.inputs)[None]
+    return episode, evaluate.along(experiment.evaluation, params, model_state, episode, jax.random.key(0))
 
   def predict_number(number):
     batch = source.sample(number, 1)

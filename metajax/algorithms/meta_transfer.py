@@ -14,7 +14,7 @@ import numpy as np
 
 from metajax import inner_loop, losses, networks, scale_shift
 from metajax.errors import UserError
-from metajax.types import Algorithm, Examples
+from metajax.types import Algorithm
 
 
 class Adapted(NamedTuple):
@@ -105,7 +105,7 @@ def make(
   def embedded(params, model_state, support):
     """Features and targets of a support set in evaluation, and the statistics for its queries."""
     if mirror:
-      support = Examples(*(jnp.concatenate([x, y]) for x, y in zip(support, mirrored(support), strict=True)))
+      support = jax.tree.map(lambda *x: jnp.concatenate(x), support, mirrored(support))
     features, model_state = embedding.support(params, model_state, support.inputs)
     return features, support.targets, model_state
 
