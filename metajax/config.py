@@ -25,7 +25,7 @@ REQUIRED = inspect.Parameter.empty
 # setting of `eval` is as in training.
 TOP_LEVEL = dict(
   seed=0,  # of initial weights and training episodes
-  total_steps=REQUIRED,  # meta-updates
+  total_steps=REQUIRED,  # meta-updates; with 0 what a run begins with is evaluated
   log_every=100,
   eval_every=1000,
   checkpoint_every=1000,

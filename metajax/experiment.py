@@ -32,11 +32,11 @@ class Experiment(NamedTuple):
 
 
 _COUNTS = (
-  *('total_steps', 'data.tasks', 'data.group', 'data.shot', 'data.query_shot'),
+  *('data.tasks', 'data.group', 'data.shot', 'data.query_shot'),
   *('eval.episodes', 'eval.val_episodes'),
 )
 _COUNTS_OR_ZERO = (
-  *('seed', 'log_every', 'eval_every', 'checkpoint_every'),
+  *('seed', 'total_steps', 'log_every', 'eval_every', 'checkpoint_every'),
   *('data.batch', 'data.hard_updates', 'eval.seed', 'eval.ensemble'),
 )
 
@@ -97,7 +97,7 @@ def make(config, data_dir, needed=('train', 'test')):
     resident=parallel.replicate(sources['train'].resident),
     objective=objective,
     algorithm=algorithm,
-    phases=make_phases(algorithm, config.data.group),
+    phases=make_phases(algorithm, config.data.group, config.optimizer.only),
     weighting=config_lib.build(
       config,
       'weighting',
@@ -163,8 +163,11 @@ def superclass_ids(data):
   return np.unique(names, return_inverse=True)[1].astype(np.int32) if len(names) else None
 
 
-def make_phases(algorithm, group):
-  """The phases of training on tasks of `group` episodes each, which have a leading axis then; one if it has none."""
+def make_phases(algorithm, group, only=()):
+  """The phases of training on tasks of `group` episodes each, which have a leading axis then; one if it has none.
+
+  Their losses have no derivatives but by what `optimizers.learned` says, so that nothing is computed for the rest.
+  """
 
   def of_group(loss):
     def group_loss(params, model_state, episodes, rng, step):
@@ -177,10 +180,15 @@ def make_phases(algorithm, group):
   def without_step(loss):
     return lambda params, model_state, episode, rng, step: loss(params, model_state, episode, rng)
 
+  def of_learned(loss):
+    return lambda params, *args, **options: loss(optimizers.held(params, only), *args, **options)
+
   if group > 1 and algorithm.group_loss:
-    return (Phase(0, without_step(algorithm.group_loss)),)
-  phases = algorithm.phases or (Phase(0, without_step(algorithm.loss)),)
-  return tuple(phase._replace(loss=of_group(phase.loss)) for phase in phases)
+    phases = (Phase(0, without_step(algorithm.group_loss)),)
+  else:
+    phases = algorithm.phases or (Phase(0, without_step(algorithm.loss)),)
+    phases = tuple(phase._replace(loss=of_group(phase.loss)) for phase in phases)
+  return tuple(phase._replace(loss=of_learned(phase.loss)) for phase in phases)
 
 
 def make_sources(config, splits):

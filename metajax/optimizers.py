@@ -47,6 +47,7 @@ def make(
   clip=0.0,
   clamp=0.0,
   head_factor=1.0,
+  only=(),
 ):
   """Builds the transformation of meta-gradients.
 
@@ -68,10 +69,11 @@ def make(
     clamp: largest size of an entry of the meta-gradient, before `clip`; 0 for none. As in MAML++, entries of learned
       inner step sizes are left alone.
     head_factor: step sizes of the top-level parameter 'head' times this.
+    only: names of what the outer loop learns, of parameters or of parts of the network, see `learned`; all if empty.
 
   Raises:
     UserError: an unknown name or schedule, or settings that do not go together; from `init`, parameters without a head
-      where it has a factor.
+      where it has a factor, or without a part that is named.
   """
   if name not in _OPTIMIZERS:
     raise UserError(f'name is one of {", ".join(_OPTIMIZERS)}, not {name!r}')
@@ -82,8 +84,8 @@ def make(
   share = final_rate and final_rate / learning_rate
   schedules = {
     'constant': lambda: learning_rate,
-    'cosine': lambda: _held(optax.cosine_decay_schedule(learning_rate, total_steps, share), hold),
-    'linear': lambda: _held(optax.linear_schedule(learning_rate, final_rate, total_steps), hold),
+    'cosine': lambda: _held(optax.cosine_decay_schedule(learning_rate, max(total_steps, 1), share), hold),
+    'linear': lambda: _held(optax.linear_schedule(learning_rate, final_rate, max(total_steps, 1)), hold),
     'plateau': lambda: learning_rate,
     'steps': lambda: optax.join_schedules([optax.constant_schedule(r) for r in (learning_rate, *rates)], boundaries),
   }
@@ -123,7 +125,41 @@ def make(
     transforms.append(optax.masked(optax.scale(head_factor), _head_alone))
   if schedule == 'plateau':
     transforms.append(_times_factor())
-  return optax.chain(*transforms)
+  tx = optax.chain(*transforms)
+  if not only:
+    return tx
+
+  def labels(params):
+    return jax.tree.map(lambda of_these: 'learned' if of_these else 'kept', learned(params, only))
+
+  return optax.partition({'learned': tx, 'kept': optax.set_to_zero()}, labels)
+
+
+def learned(params, only):
+  """Which parameters the outer loop learns.
+
+  Args:
+    params: nested dicts; of anything else, such as task weights, all is learned.
+    only: names that a parameter's path is to have one of, such as 'head' or 'block3'; all are learned if there is none.
+
+  Returns:
+    bools, like `params`.
+
+  Raises:
+    UserError: no parameter has one of the names.
+  """
+  if not only or not isinstance(params, dict):
+    return jax.tree.map(lambda _: True, params)
+  moves = jax.tree.map_with_path(lambda path, _: not set(only).isdisjoint(_names(path)), params)
+  names = dict.fromkeys(name for path, _ in jax.tree.leaves_with_path(params) for name in _names(path))
+  if missing := [name for name in only if name not in names]:
+    raise UserError(f'config.optimizer.only: there is no {" or ".join(missing)} among {", ".join(names)}')
+  return moves
+
+
+def held(params, only):
+  """The parameters, of which those that are not `learned` have no derivatives."""
+  return jax.tree.map(lambda p, moves: p if moves else jax.lax.stop_gradient(p), params, learned(params, only))
 
 
 def with_factor(state, factor):
@@ -150,6 +186,10 @@ def _times_factor():
 def _held(schedule, hold):
   """A schedule whose step size changes every `hold` meta-updates only."""
   return lambda count: schedule(count // hold * hold)
+
+
+def _names(path):
+  return [jax.tree_util.keystr((key,), simple=True) for key in path]
 
 
 def _without_step_sizes(params):

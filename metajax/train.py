@@ -178,7 +178,11 @@ def train(config, experiment, workdir, checkpoints, stop):
   state = parallel.replicate(state)
   done, total, tasks = int(state.step), config.total_steps, config.data.tasks
   if done >= total:
-    print(f'{workdir} is trained to step {done} already')
+    if steps:
+      print(f'{workdir} is trained to step {done} already')
+    else:
+      checkpoints.save(state)
+      print(f'config.total_steps = 0: {workdir} stays as it begins')
     return
   scores, patience = processes.from_first(lambda: history.scores(workdir, config, done)), config.stop_patience
   if history.exhausted(scores, patience):

@@ -5,12 +5,15 @@ import pickle
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from metajax import config as config_lib
-from metajax import main, optimizers
+from metajax import losses, main, optimizers
 from metajax.data import conversion, table
 from metajax.datasets import mini_imagenet
 from metajax.datasets import omniglot as omniglot_data
@@ -136,6 +139,9 @@ def test_config_takes_two_steps(name, tmp_path, monkeypatch):
     *(f'pretrain.py:data={data},code={code}' for data in LARGE for code in CODES),
     *(f'meta_transfer.py:data={data},code={code},shot={s}' for data in LARGE for code in CODES for s in (1, 5)),
     *(f'meta_transfer.py:data=fc100,code={code},shot=10,hard' for code in CODES),
+    *(
+      f'meta_transfer.py:learn={learn},code={code}' for learn in ('ss_last', 'ft', 'ft_last', 'head') for code in CODES
+    ),
   ],
 )
 def test_recipes_are_complete_configs(string):
@@ -196,6 +202,30 @@ def test_step_sizes_of_meta_transfer_are_the_published():
   assert first.optimizer.rates == (0.02, 0.004, 0.0008)
   other = config_lib.load(f'{ROOT}/configs/pretrain.py:code=tensorflow')
   assert (other.total_steps, other.optimizer.boundaries, other.optimizer.rates) == (10_000, (5000,), (5e-4,))
+
+
+@pytest.mark.parametrize(
+  ('learn', 'learner', 'only', 'inner'),
+  [
+    ('ss', 'meta_transfer', (), None),
+    ('ss_last', 'meta_transfer', ('conv3', 'head'), None),
+    ('head', 'meta_transfer', ('head',), None),
+    ('ft_last', 'maml', ('conv3', 'norm3', 'head'), ('conv3', 'norm3', 'head')),
+    ('ft', 'maml', (), ()),
+  ],
+)
+def test_what_the_ablation_of_meta_transfer_learns(learn, learner, only, inner):
+  """The outer loop learns just this of a network whose names are looked up, and by MAML the inner loop moves it."""
+  config = config_lib.load(f'{ROOT}/configs/meta_transfer.py:learn={learn},model=conv4,data=omniglot')
+  assert (config.algorithm.name, config.optimizer.only) == (learner, only)
+  assert config.algorithm.get('inner_params') == inner
+  model = config_lib.build(config, 'model', 5)
+  algorithm = config_lib.build(config, 'algorithm', model, way=5, objective=losses.CLASSIFICATION)
+  params, _ = jax.eval_shape(algorithm.init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+  moving = flatten_dict(optimizers.learned(params, config.optimizer.only))
+  assert {path for path, moves in moving.items() if not moves} == {
+    path for path in moving if only and not {*path} & {*only}
+  }
 
 
 def test_prototypical_networks_step_sizes_by_epoch():

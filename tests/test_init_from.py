@@ -109,6 +109,26 @@ def test_another_learner_begins_with_the_network_and_statistics_of_a_classifier(
   assert_same(started, fresh)
 
 
+def test_a_run_without_meta_updates_is_what_it_begins_with_and_can_go_on(pretrained, cache, tmp_path, capsys):
+  settings = [*SMALL_CONV, '--config.algorithm.name=meta_transfer', f'--config.init_from={pretrained}']
+  settings.append('--config.optimizer.only=("conv3","head")')
+
+  def train_to(steps, *more):
+    arguments = f'--config={TINY}', f'--workdir={tmp_path / "run"}', *settings, f'--config.total_steps={steps}', *more
+    assert main.main(['metajax', *arguments]) == 0
+
+  train_to(0)
+  assert f'config.total_steps = 0: {tmp_path / "run"} stays as it begins' in capsys.readouterr().out
+  assert json.loads((tmp_path / 'run' / 'test.json').read_text())['checkpoint_step'] == 0
+  before, model_state = Checkpoints(tmp_path / 'run', read_only=True).best_weights()
+  assert all(np.all(x == 1) for x in jax.tree.leaves(before['scale']))
+  assert_same(model_state['frozen'], Checkpoints(pretrained, read_only=True).best_weights()[0]['embedding'])
+  train_to(1, '--mode=train')
+  after, _ = Checkpoints(tmp_path / 'run', read_only=True).best_weights()
+  same = jax.tree.map(lambda *x: np.array_equal(*x), before, after)
+  assert same == {'scale': {f'conv{i}': i < 3 for i in range(4)}, 'shift': {}, 'head': {'bias': False, 'kernel': False}}
+
+
 def test_a_classifier_of_the_same_classes_goes_on_with_all_of_it(pretrained, cache, capsys):
   made = made_of('--config.algorithm.name=classifier', '--config.data.batch=8')
   started = train.start_from(str(pretrained), train.init_state(made, seed=7), made.algorithm.adopt)

@@ -1,5 +1,6 @@
 """The outer optimiser against plain NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -159,6 +160,32 @@ def test_weight_decay_leaves_inner_step_sizes_alone(name):
   tx = optimizers.make(1, name=name, learning_rate=1.0, weight_decay=0.1)
   steps, _ = tx.update({key: jnp.zeros(1) for key in params}, tx.init(params), params)
   assert {key: round(float(x[0]), 6) for key, x in steps.items()} == {'network': -0.2, 'inner_lr': 0, 'log_inner_lr': 0}
+
+
+def test_only_what_is_named_is_learned_as_if_there_were_nothing_else():
+  """Neither decay moves the rest nor does it count in the norm that is clipped; it has no moments either."""
+  settings = dict(learning_rate=0.1, weight_decay=0.5, clip=1.0)
+  params = {'scale': {'block0': jnp.array([2.0]), 'block1': jnp.array([3.0])}, 'head': jnp.array([1.0, -1.0])}
+  grads = {'scale': {'block0': jnp.array([9.0]), 'block1': jnp.array([4.0])}, 'head': jnp.array([0.5, 3.0])}
+  tx = optimizers.make(1, only=('block1', 'head'), **settings)
+  state = tx.init(params)
+  assert sum(x.size for x in jax.tree.leaves(state)) == 2 * 3 + 1
+  steps, _ = tx.update(grads, state, params)
+  part = {'scale': {'block1': params['scale']['block1']}, 'head': params['head']}
+  alone = optimizers.make(1, **settings)
+  expected, _ = alone.update({'scale': {'block1': jnp.array([4.0])}, 'head': grads['head']}, alone.init(part), part)
+  assert steps['scale']['block0'] == 0
+  del steps['scale']['block0']
+  jax.tree.map(np.testing.assert_array_equal, steps, expected)
+  derivative = jax.grad(lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(optimizers.held(p, ('head',)))))(params)
+  assert derivative['scale'] == {'block0': 0, 'block1': 0} and derivative['head'].tolist() == [2, -2]
+
+
+def test_a_part_that_there_is_not_is_refused_and_task_weights_are_learned_whatever_is_named():
+  tx = optimizers.make(1, learning_rate=1.0, name='sgd', only=('block1',))
+  with pytest.raises(UserError, match='only: there is no block1 among head, scale, block0'):
+    tx.init({'scale': {'block0': jnp.zeros(1)}, 'head': jnp.zeros(1)})
+  assert path(tx, [2.0], 1.0) == [-1.0]
 
 
 @pytest.mark.parametrize(
