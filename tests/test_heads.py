@@ -74,6 +74,19 @@ def test_logistic_regression_is_that_of_scikit_learn(counts, d, c):
     assert max(np.linalg.norm(g) for g in gradients) < 1e-4 * c * len(x) ** 0.5
 
 
+def test_logistic_regression_of_features_of_very_different_sizes():
+  """Where Newton's method goes far astray by whole steps alone, in some of these tasks."""
+  rng = np.random.default_rng(0)
+  support = np.float32(rng.standard_cauchy((60, 12, 4)).clip(-30, 30))
+  targets = np.int32(rng.integers(3, size=(60, 12)))
+  targets[:, :3] = np.arange(3)
+  linear, _ = fitted(heads.make('logistic_regression', c=100.0, normalize=False), support, targets, support[:, :1])
+  for x, y, kernel, bias in zip(support, targets, *linear, strict=True):
+    reference = LogisticRegression(C=100.0, tol=1e-8, max_iter=10000).fit(np.float64(x), y)
+    best = objective(reference.coef_.T, reference.intercept_, x, y, 100.0)[0]
+    assert objective(kernel, bias, x, y, 100.0)[0] <= (1 + 1e-3) * best  # of features of up to 30, in float32
+
+
 def test_two_classes_are_those_of_scikit_learn_with_twice_c():
   support, targets, queries = draw(2, (4, 6), 16)
   linear, logits = fitted(heads.make('logistic_regression', c=1.5), support, targets, queries)
