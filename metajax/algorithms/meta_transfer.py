@@ -21,7 +21,7 @@ class Adapted(NamedTuple):
   """What a task leaves behind: its head, and the statistics that normalise its queries."""
 
   head: Any
-  model_state: Any
+  statistics: Any
 
 
 def make(
@@ -112,7 +112,7 @@ def make(
   def adapt(params, model_state, support, rng):
     del rng  # of dropout, which is for training
     features, targets, model_state = embedded(params, model_state, support)
-    return Adapted(descend(params, features, targets)[0], model_state)
+    return Adapted(descend(params, features, targets)[0], networks.changing(model_state))
 
   def heads_along(params, model_state, support):
     """The head before each inner step and after the last, and the statistics for queries."""
@@ -122,7 +122,7 @@ def make(
   def trajectory(params, model_state, support, rng):
     del rng
     path, model_state = heads_along(params, model_state, support)
-    return jax.vmap(lambda weights: Adapted(weights, model_state))(path)
+    return jax.vmap(lambda weights: Adapted(weights, networks.changing(model_state)))(path)
 
   def predict_along(params, model_state, support, inputs, rng):
     del rng
@@ -131,8 +131,7 @@ def make(
     return jax.vmap(logits, (0, None))(path, features)
 
   def predict(params, model_state, adapted, inputs):
-    del model_state
-    return logits(adapted.head, embedding.query(params, adapted.model_state, inputs))
+    return logits(adapted.head, embedding.query(params, {**model_state, **adapted.statistics}, inputs))
 
   def loss(params, model_state, episode, rng):
     rng_support, rng_query = networks.split(rng)
