@@ -289,7 +289,8 @@ def inner_steps(path, values, ci95, *, quantity, way=None):
     ax.plot(steps, values, color=BLUE, linewidth=2.2)
     ax.fill_between(steps, values - ci95, values + ci95, color=BLUE, alpha=0.25, linewidth=0)
   for step in {0, len(values) - 1}:
-    side = -1 if step == 0 and values[-1] > values[0] else 1  # where the curve does not go
+    # Where the curve does not go; near zero there is no room below.
+    side = -1 if step == 0 and values[-1] > values[0] > 0.12 * values[-1] else 1
     text = f'{values[step]:.1f} %' if scale == 100 else f'{values[step]:.3g}'
     ax.annotate(
       text, (step, values[step] + side * ci95[step]), (0, 6 * side), textcoords='offset points', ha='center',

@@ -307,7 +307,7 @@ def test_dropout_is_for_training_alone_and_in_both_sets(mode, counted):
   np.testing.assert_allclose(values, wanted, rtol=1e-3)
   assert dropped['counters']['calls'] == counted and plain['counters']['calls'] == 0
   adapted = jax.jit(learner.adapt)(params, state, episode.support, jax.random.key(1))
-  assert adapted.model_state['counters']['calls'] == 0
+  assert adapted.statistics['counters']['calls'] == 0
   assert learner.embedding.support(params, state, episode.support.inputs)[0].max() < 50
 
 
