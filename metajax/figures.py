@@ -289,14 +289,13 @@ def inner_steps(path, values, ci95, *, quantity, way=None):
     ax.plot(steps, values, color=BLUE, linewidth=2.2)
     ax.fill_between(steps, values - ci95, values + ci95, color=BLUE, alpha=0.25, linewidth=0)
   for step in {0, len(values) - 1}:
-    # Where the curve does not go; near zero there is no room below.
-    side = -1 if step == 0 and values[-1] > values[0] > 0.12 * values[-1] else 1
+    side = -1 if step == 0 and values[-1] > values[0] else 1  # where the curve does not go
     text = f'{values[step]:.1f} %' if scale == 100 else f'{values[step]:.3g}'
     ax.annotate(
       text, (step, values[step] + side * ci95[step]), (0, 6 * side), textcoords='offset points', ha='center',
       va='bottom' if side > 0 else 'top', color=BLUE, weight='bold')  # fmt: skip
   ax.margins(y=0.16)
-  ax.set_ylim(bottom=max(ax.get_ylim()[0], 0))
+  ax.set_ylim(bottom=max(ax.get_ylim()[0], -0.1 * max(values)))  # there is nothing below 0 but the label
   pad = max(0.5, 0.06 * steps[-1])
   ax.set_xlim(-pad, steps[-1] + pad)
   ax.xaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
