@@ -5,14 +5,15 @@ python -m metajax.compare RUN RUN ... [--markdown=FILE] [--csv=FILE] [--figure=F
   RUN          DIR, NAME=DIR, or NAME=DIR1,DIR2,DIR3 for several seeds of one method: workdirs, a row of the table;
                the others are compared with the first
   --episodes   how many test episodes; by default as many as the runs' configs say
+  --last       compare the runs' last checkpoints instead of their best by validation; then without ensembles
   --data_dir   where archives of data sets lie or go; $METAJAX_DATA, else ~/metajax_data
   --mixed      compare runs of different protocols too: episodes, way, shot, batch norm and so on
   --markdown   write the table as Markdown
   --csv        write fractions in full precision, and the protocol
   --figure     draw means and differences
 
-What a run's test left in test_episodes.json is read; where it does not fit, the best checkpoint is evaluated. Nothing
-in the workdirs is changed, so a run may be training still.
+What a run's test left in test_episodes.json is read; where it does not fit, the checkpoint is evaluated. Nothing
+in the workdirs is changed, so a run may be training still. Ensembles that were tested are compared with each other.
 
 The intervals, 1.96 std / sqrt(episodes), cover the choice of test episodes and not the randomness of training: another
 seed may well fall outside. Differences are taken on each episode, which is as hard for one run as for the other, and
@@ -42,7 +43,8 @@ from metajax.errors import UserError, first_line
 from metajax.files import write_atomically
 from metajax.main import data_folder, explaining, set_up
 
-_NOT_OF_EPISODES = ('batch_norm', 'augment')  # what of the protocol leaves an episode's classes and images as they are
+# What of the protocol leaves an episode's classes and images as they are.
+_NOT_OF_EPISODES = ('batch_norm', 'augment', 'checkpoints')
 
 
 class Run(NamedTuple):
@@ -50,13 +52,13 @@ class Run(NamedTuple):
 
   workdir: str
   config: Any
-  protocol: dict  # see `report.episode_results`
+  protocol: dict  # see `report.episode_results`; and 'checkpoints', 'last', unless it is of the best one
   quantity: str  # 'accuracy' or 'loss'
   values: np.ndarray  # (episodes,) float32
   checkpoint_step: int
   latest_step: int | None  # None without checkpoints
-  # Quantity and half width of a test of several checkpoints at once, and how many these are.
-  ensemble: tuple[float, float, int] | None = None
+  ensemble: np.ndarray | None = None  # (episodes,) float32, of several checkpoints at once,
+  members: int = 0  # and how many these are
 
 
 class Row(NamedTuple):
@@ -73,9 +75,11 @@ class Row(NamedTuple):
   seeds_std: float | None = None  # and standard deviation
   seedwise: float | None = None  # mean over seeds of the differences between the k-th seeds
   seedwise_std: float | None = None
-  ensemble: float | None = None  # mean over seeds
-  ensemble_ci95: float | None = None  # over episodes: mean of the seeds' own, at least as wide as that of their mean
+  ensemble: float | None = None
+  ensemble_ci95: float | None = None
   ensemble_seeds_ci95: float | None = None
+  ensemble_difference: float | None = None  # to the first row's ensembles, on the same episodes where `paired`
+  ensemble_difference_ci95: float | None = None
 
 
 @explaining
@@ -87,7 +91,7 @@ def main(argv):
   parallel.use_cores(min(config.eval.episodes for config in configs.values()))
   settings = {folder: report.protocol(config) for folder, config in configs.items()}
   _check(settings, named, options.mixed)  # before anything is evaluated
-  runs = {folder: read(folder, config, options.data_dir) for folder, config in configs.items()}
+  runs = {folder: read(folder, config, options.data_dir, options.last) for folder, config in configs.items()}
   _check({folder: run.protocol for folder, run in runs.items()}, named, options.mixed)
   rows = compare({name: [runs[folder] for folder in folders] for name, folders in named.items()})
   for file, write in ((options.markdown, write_markdown), (options.csv, write_csv), (options.figure, _draw)):
@@ -103,7 +107,8 @@ def parse(argv):
   for name in ('data_dir', 'markdown', 'csv', 'figure'):
     flags.DEFINE_string(name, None, '', flag_values=values)
   flags.DEFINE_integer('episodes', None, '', lower_bound=1, flag_values=values)
-  flags.DEFINE_bool('mixed', False, '', flag_values=values)
+  for name in ('mixed', 'last'):
+    flags.DEFINE_bool(name, False, '', flag_values=values)
   flags.DEFINE_bool('help', False, '', short_name='h', flag_values=values)
   try:
     rest = values(argv)[1:]
@@ -153,13 +158,14 @@ def _config(folder, episodes):
   return config if episodes is None else config_lib.override(config, [f'--config.eval.episodes={episodes}'])
 
 
-def read(folder, config, data_dir):
+def read(folder, config, data_dir, last=False):
   """A run's values on its test episodes, from `test_episodes.json` or by evaluating its best checkpoint.
 
   Args:
     folder: the workdir.
     config: its config, complete; `eval.episodes` may be another number.
     data_dir: where archives of data sets lie.
+    last: whether its last checkpoint takes the place of the best; then without an ensemble.
 
   Returns:
     Run.
@@ -168,41 +174,51 @@ def read(folder, config, data_dir):
     UserError: it is untrained, or cannot be evaluated.
   """
   with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
-    steps, best = checkpoints.steps(), checkpoints.best_steps()
-    result, why_not = _stored(folder, config, best[0] if best else None)
-    ensemble = result and _ensemble(folder, config, result)
+    steps = checkpoints.steps()
+    ranked = steps if last else checkpoints.best_steps()
+    result, why_not = _stored(folder, config, ranked[0] if ranked else None, last)
     if result is None:
-      if not best:
+      if not ranked:
         raise UserError(f'{folder} holds no checkpoint to evaluate, and {why_not}: train first')
-      print(f'{folder}: {why_not}: evaluating its best checkpoint', flush=True)
+      print(f'{folder}: {why_not}: evaluating its {"last" if last else "best"} checkpoint', flush=True)
       try:
         experiment = experiment_lib.make(config, data_dir, ('train', 'test'))
-        state = train.load_best(checkpoints, experiment, config)
+        state = train.load(checkpoints, experiment, config, last)
         values = report.make_test(config, experiment)(state)
       except UserError as error:
         raise UserError(f'{folder}: {error}') from error
       result = report.episode_results(config, experiment, state, values)
-  quantity = _quantity(result)
+  quantity, episodes = _quantity(result), config.eval.episodes
+  members = [] if last else result.get('ensemble_checkpoints', [])
   return Run(
     folder,
     config,
-    {**result['protocol'], 'episodes': config.eval.episodes},
+    {**result['protocol'], 'episodes': episodes, **({'checkpoints': 'last'} if last else {})},
     quantity,
-    np.array(result[quantity][: config.eval.episodes], np.float32),
+    np.array(result[quantity][:episodes], np.float32),
     result['checkpoint_step'],
     steps[0] if steps else None,
-    ensemble,
+    np.array(result[f'ensemble_{quantity}'][:episodes], np.float32) if members else None,
+    len(members),
   )
 
 
-def _stored(folder, config, best_step):
-  """What `test_episodes.json` holds, or None and why it will not do."""
+def _stored(folder, config, wanted_step, last=False):
+  """What `test_episodes.json` holds, or None and why it will not do.
+
+  With `last`, what it has of the last checkpoint stands in place of the best's; where it has nothing of that, the best
+  may be the last.
+  """
   path = Path(folder) / 'test_episodes.json'
   try:
     stored = json.loads(path.read_text())
-    faced, values = dict(stored['protocol']), np.array(stored[_quantity(stored)], np.float32)
-    if values.shape != (faced['episodes'],) or not np.isfinite(values).all():
-      raise ValueError('not one number for each episode')
+    faced, quantity = dict(stored['protocol']), _quantity(stored)
+    if last and 'last_checkpoint_step' in stored:
+      stored |= {name: stored[f'last_{name}'] for name in (quantity, 'checkpoint_step')}
+    for name in (quantity, *([f'ensemble_{quantity}'] if stored.get('ensemble_checkpoints') else [])):
+      values = np.array(stored[name], np.float32)
+      if values.shape != (faced['episodes'],) or not np.isfinite(values).all():
+        raise ValueError('not one number for each episode')
     for name in report.FOUND:
       del faced[name]
     step, adaptation = int(stored['checkpoint_step']), {name: stored.get(name) for name in report.adaptation(config)}
@@ -216,21 +232,12 @@ def _stored(folder, config, best_step):
     return None, f'test_episodes.json is of another {" and ".join(stale)}'
   if len(values) < config.eval.episodes:  # of more, the first are the same ones
     return None, f'test_episodes.json has {len(values)} of {config.eval.episodes} episodes'
-  if best_step not in (None, step):
-    return None, f'test_episodes.json is of checkpoint {step}, and now {best_step} is the best'
+  if wanted_step is None and last and 'last_checkpoint_step' not in stored:
+    return None, 'test_episodes.json says nothing of the last checkpoint'
+  if wanted_step not in (None, step):
+    which = 'last' if last else 'best'
+    return None, f'test_episodes.json is of checkpoint {step}, and now {wanted_step} is the {which}'
   return stored, None
-
-
-def _ensemble(folder, config, stored):
-  """What `Run` holds of an ensemble, from `test.json`; None without one, or if it is of other episodes."""
-  name = f'ensemble_{_quantity(stored)}'
-  try:
-    result = json.loads((Path(folder) / 'test.json').read_text())
-    same = (result['episodes'], result['checkpoint_step']) == (config.eval.episodes, stored['checkpoint_step'])
-    found = float(result[name]), float(result[f'{name}_ci95']), len(result['ensemble_checkpoints'])
-    return found if same else None
-  except (OSError, ValueError, KeyError, TypeError):
-    return None
 
 
 def _quantity(result):
@@ -312,9 +319,9 @@ def _row(name, runs):
   row = Row(name, runs, *_interval(_episodes(runs)), seeds_ci95=_over_seeds(means))
   if len(runs) > 1:
     row = row._replace(seeds_std=means.std(ddof=1))
-  if all(run.ensemble for run in runs):
-    values, halves, _ = np.array([run.ensemble for run in runs]).T
-    row = row._replace(ensemble=values.mean(), ensemble_ci95=halves.mean(), ensemble_seeds_ci95=_over_seeds(values))
+  if ensembles := _ensembles(runs):
+    mean, ci95 = _interval(_episodes(ensembles))
+    row = row._replace(ensemble=mean, ensemble_ci95=ci95, ensemble_seeds_ci95=_over_seeds(_seeds(ensembles)))
   return row
 
 
@@ -322,16 +329,30 @@ def _compared(row, first, seedwise):
   """The row with what there is to say of its differences to the runs `first`."""
   runs = row.runs
   paired = set(differing([first[0].protocol, runs[0].protocol])) <= set(_NOT_OF_EPISODES)
-  if paired:
-    difference, difference_ci95 = _interval(_episodes(runs) - _episodes(first))
-  else:
-    first_mean, first_ci95 = _interval(_episodes(first))
-    difference, difference_ci95 = row.mean - first_mean, np.hypot(row.ci95, first_ci95)
-  row = row._replace(difference=difference, difference_ci95=difference_ci95, paired=paired)
+  difference, ci95 = _difference(runs, first, paired)
+  row = row._replace(difference=difference, difference_ci95=ci95, paired=paired)
+  if (ensembles := _ensembles(runs)) and (of_first := _ensembles(first)):
+    difference, ci95 = _difference(ensembles, of_first, paired)
+    row = row._replace(ensemble_difference=difference, ensemble_difference_ci95=ci95)
   if seedwise:
     differences = _seeds(runs) - _seeds(first)
     row = row._replace(seedwise=differences.mean(), seedwise_std=differences.std(ddof=1))
   return row
+
+
+def _difference(runs, first, paired):
+  """Mean of the differences to the runs `first`, and half the width of its 95 % interval."""
+  if paired:
+    return _interval(_episodes(runs) - _episodes(first))
+  (mean, ci95), (first_mean, first_ci95) = _interval(_episodes(runs)), _interval(_episodes(first))
+  return mean - first_mean, np.hypot(ci95, first_ci95)
+
+
+def _ensembles(runs):
+  """The runs with their ensembles' values in place of their own; nothing where one of them has no ensemble."""
+  if any(run.ensemble is None for run in runs):
+    return []
+  return [run._replace(values=run.ensemble) for run in runs]
 
 
 def _episodes(runs):
@@ -381,6 +402,7 @@ def protocol_line(rows):
     'split': '{} split',
     'batch_norm': '{} batch norm',
     'episode_seed': 'episode seed {}',
+    'checkpoints': '{} checkpoints',
   }
   line = [text.format(common[key]) for key, text in parts.items() if common.get(key) is not None]
   if common.get('augment'):
@@ -398,7 +420,7 @@ def notes(rows):
     lines.append(
       f'* unpaired: not the same episodes as {rows[0].name}; half the interval is sqrt(a² + b²) of the two intervals'
     )
-  sizes = {run.workdir: run.ensemble[2] for row in rows if row.ensemble is not None for run in row.runs}
+  sizes = {run.workdir: run.members for row in rows if row.ensemble is not None for run in row.runs}
   if len(set(sizes.values())) > 1:
     lines.append(f'ensembles are of different sizes: {", ".join(f"{size} in {run}" for run, size in sizes.items())}')
   for row in rows:
@@ -430,6 +452,9 @@ def _table(rows):
     text = f'{scale * value:{sign}.{digits}f}{unit}'
     return text if spread is None else f'{text} {separator} {number(spread)}'
 
+  def difference(row, value, spread):
+    return number(value, spread, '+') + ' *' * (row.paired is False and value is not None)
+
   def half(value):
     return '-' if value is None else f'± {number(value)}'
 
@@ -441,13 +466,14 @@ def _table(rows):
     columns[key] = [_brief(row.runs[0].protocol.get(key)) for row in rows]
   shown = quantity if quantity == 'accuracy' else 'mean squared error'
   more = {  # a column that has something for a row at least
-    f'difference to {rows[0].name}': [
-      number(row.difference, row.difference_ci95, '+') + ' *' * (row.paired is False) for row in rows
-    ],
+    f'difference to {rows[0].name}': [difference(row, row.difference, row.difference_ci95) for row in rows],
     '95 % over seeds': [half(row.seeds_ci95) for row in rows],
     'std of seeds': [number(row.seeds_std) for row in rows],
     'difference, seed by seed': [number(row.seedwise, row.seedwise_std, '+', 'std') for row in rows],
     f'ensemble {shown}': [number(row.ensemble, row.ensemble_ci95) for row in rows],
+    f'difference of ensembles to {rows[0].name}': [
+      difference(row, row.ensemble_difference, row.ensemble_difference_ci95) for row in rows
+    ],
     'ensemble, 95 % over seeds': [half(row.ensemble_seeds_ci95) for row in rows],
   }
   columns[shown] = [number(row.mean, row.ci95) for row in rows]

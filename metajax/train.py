@@ -153,7 +153,7 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
         if stopped:
           return
       if mode != 'train':
-        report.test(config, experiment, load_best(checkpoints, experiment, config), workdir, checkpoints)
+        report.test(config, experiment, load(checkpoints, experiment, config), workdir, checkpoints)
 
 
 def train(config, experiment, workdir, checkpoints, stop):
@@ -383,12 +383,12 @@ def validation(config, experiment):
   return lambda state: evaluate.summarise(evaluate_fn(state.params, state.model_state, experiment.resident))
 
 
-def load_best(checkpoints, experiment, config):
-  """The state of the best checkpoint by validation; the latest, where nothing was validated."""
+def load(checkpoints, experiment, config, last=False):
+  """The state of the best checkpoint by validation; the latest, where nothing was validated, or with `last`."""
   like = jax.eval_shape(functools.partial(init_state, experiment, config.seed))
 
   def restore():
-    if not (steps := checkpoints.best_steps()):
+    if not (steps := checkpoints.steps() if last else checkpoints.best_steps()):
       raise UserError(f'{checkpoints.directory} holds no checkpoint yet: train first')
     return checkpoints.restore_first_sound(steps, like)[0]
 

@@ -21,7 +21,7 @@ def run(*arguments):
 def make(tmp_path, cache):
   """A function that makes a workdir as a tested run leaves it, without its checkpoints."""
 
-  def make_workdir(name, values, *overrides, quantity='accuracy', batch_norm='transductive', notes=()):
+  def make_workdir(name, values, *overrides, quantity='accuracy', batch_norm='transductive', notes=(), **more):
     folder = tmp_path / name
     folder.mkdir()
     given = config.override(config.load(TINY), [f'--config.eval.episodes={len(values)}', *overrides])
@@ -31,6 +31,7 @@ def make(tmp_path, cache):
       **report.adaptation(given),
       'checkpoint_step': 6,
       quantity: np.float32(values).tolist(),
+      **{name: np.asarray(value).tolist() for name, value in more.items()},
     }
     (folder / 'test_episodes.json').write_text(json.dumps(results))
     return folder
@@ -104,22 +105,85 @@ def test_seeds_are_averaged_on_each_episode_and_their_spread_is_shown(make, tmp_
   assert 'difference, seed by seed' not in rows[0]
 
 
-def test_an_ensemble_is_a_number_of_its_own(make, tmp_path, capsys):
-  folders = [make(name, accuracies(k, 8)) for k, name in enumerate('abcd')]
-  of_ensemble = dict(ensemble_accuracy=0.75, ensemble_accuracy_ci95=0.125, ensemble_checkpoints=[6, 4])
-  for folder, more in zip(folders, (of_ensemble, {}, dict(of_ensemble, checkpoint_step=2), None), strict=True):
-    text = '{' if more is None else json.dumps({'episodes': 8, 'checkpoint_step': 6, **more})
-    (folder / 'test.json').write_text(text)
-  assert run(*folders) == 0
-  assert [row['ensemble accuracy'] for row in table_of(capsys.readouterr().out)] == ['75.00 % ± 12.50 %', '-', '-', '-']
-  assert run(*folders, '--episodes=7') == 0  # it was tested on all eight
-  assert 'ensemble' not in capsys.readouterr().out
-  assert run(f'ab={folders[0]},{folders[1]}', folders[2]) == 0
-  assert 'ensemble' not in capsys.readouterr().out
-  more = {'episodes': 8, 'checkpoint_step': 6, **of_ensemble, 'ensemble_checkpoints': [6]}
-  (folders[1] / 'test.json').write_text(json.dumps(more))
-  assert run(*folders[:2]) == 0
-  assert f'ensembles are of different sizes: 2 in {folders[0]}, 1 in {folders[1]}' in capsys.readouterr().out
+def test_ensembles_are_numbers_of_their_own_with_differences_of_their_own(make, tmp_path, capsys):
+  values, table = [accuracies(10 + k, 40) for k in range(3)], tmp_path / 'table.csv'
+  of_ensemble = [dict(ensemble_accuracy=each, ensemble_checkpoints=[6, 4]) for each in values]
+  a, b, c, d, e = (
+    make(name, accuracies(k, 40), *overrides, **more)
+    for k, (name, overrides, more) in enumerate(
+      [
+        ('a', (), of_ensemble[0]),
+        ('b', (), {}),
+        ('c', (), of_ensemble[1]),
+        ('d', ('--config.eval.shot=2',), of_ensemble[2] | {'ensemble_checkpoints': [6]}),
+        ('e', ('--config.eval.shot=2',), {}),
+      ]
+    )
+  )
+
+  def check(row, mean, difference, ci95):
+    np.testing.assert_allclose(float(row['ensemble']), mean.mean(), rtol=1e-6)
+    np.testing.assert_allclose(float(row['ensemble_ci95']), 1.96 * stats.sem(mean, ddof=0), rtol=1e-6)
+    np.testing.assert_allclose(float(row['ensemble_difference']), difference, atol=1e-7)
+    np.testing.assert_allclose(float(row['ensemble_difference_ci95']), ci95, rtol=1e-6)
+
+  assert run('--mixed', a, b, c, d, e, f'--csv={table}') == 0
+  rows, output = read_csv(table), capsys.readouterr().out
+  half = 1.96 * stats.sem(values[1] - values[0], ddof=0)
+  check(rows[2], values[1], np.mean(values[1] - values[0]), half)
+  unpaired = 1.96 * np.hypot(*(stats.sem(values[k], ddof=0) for k in (0, 2)))
+  check(rows[3], values[2], values[2].mean() - values[0].mean(), unpaired)
+  assert rows[0]['ensemble_difference'] == rows[1]['ensemble'] == rows[4]['ensemble_difference'] == ''
+  cells = [row['difference of ensembles to a'] for row in table_of(output)]
+  assert cells[2] == f'{100 * np.mean(values[1] - values[0]):+.2f} % ± {100 * half:.2f} %'
+  assert [cell.endswith('*') for cell in cells] == [False, False, False, True, False]
+  assert cells[0] == cells[1] == cells[4] == '-'
+  assert f'ensembles are of different sizes: 2 in {a}, 2 in {c}, 1 in {d}' in output
+
+  assert run(b, a, c, '--episodes=30', f'--csv={table}') == 0  # the first has none to compare with
+  rows, output = read_csv(table), capsys.readouterr().out
+  assert 'ensemble accuracy' in output and 'difference of ensembles' not in output
+  np.testing.assert_allclose(float(rows[1]['ensemble']), values[0][:30].mean(), rtol=1e-6)
+
+  f = make('f', accuracies(5, 40), **of_ensemble[2])
+  assert run(f'pair={a},{c}', f'half={b},{f}', f'--csv={table}') == 0
+  pair, half = read_csv(table)
+  np.testing.assert_allclose(float(pair['ensemble']), np.mean(values[:2]), rtol=1e-6)
+  mean_of_both = np.mean(values[:2], axis=0)
+  np.testing.assert_allclose(float(pair['ensemble_ci95']), 1.96 * stats.sem(mean_of_both, ddof=0), rtol=1e-6)
+  assert half['ensemble'] == ''
+
+
+def test_last_checkpoints(make, tmp_path, capsys):
+  best, last = ([accuracies(10 * k + i, 40) for i in range(2)] for k in range(2))
+  of_ensemble = dict(ensemble_accuracy=best[0], ensemble_checkpoints=[6])
+  a, b = (
+    make(name, best[i], last_accuracy=last[i], last_checkpoint_step=8 + i, **of_ensemble) for i, name in enumerate('ab')
+  )
+  csv_file, markdown, png = (tmp_path / name for name in ('table.csv', 'table.md', 'figure.png'))
+  assert run('--last', a, b, f'--csv={csv_file}', f'--markdown={markdown}', f'--figure={png}') == 0
+  output, rows = capsys.readouterr().out, read_csv(csv_file)
+  difference = last[1] - last[0]
+  np.testing.assert_allclose(float(rows[0]['accuracy']), last[0].mean(), rtol=1e-6)
+  np.testing.assert_allclose(float(rows[1]['difference']), difference.mean(), atol=1e-7)
+  np.testing.assert_allclose(float(rows[1]['difference_ci95']), 1.96 * stats.sem(difference, ddof=0), rtol=1e-6)
+  assert [(row['checkpoint_steps'], row['checkpoints'], row['ensemble']) for row in rows] == [
+    ('[8]', 'last', ''),
+    ('[9]', 'last', ''),
+  ]
+  assert ', last checkpoints, ' in output.splitlines()[0] and 'ensemble' not in output
+  text = f'| {100 * difference.mean():+.2f} % ± {196 * stats.sem(difference, ddof=0):.2f} % |'
+  assert markdown.read_text().startswith(output.splitlines()[0]) and text in markdown.read_text()
+  with Image.open(png) as image:
+    assert image.format == 'PNG'
+
+  assert run(a, b) == 0
+  output = capsys.readouterr().out
+  assert 'last' not in output and 'ensemble' in output
+  given = workdir.read_config(a)
+  methods = {which: [compare.read(a, given, None, last=which == 'last')] for which in ('best', 'last')}
+  row = compare.compare(methods)[1]  # of one run
+  assert row.paired and row.difference == pytest.approx(np.mean(last[0] - best[0]), abs=1e-7)
 
 
 def test_regression_compares_losses(make, tmp_path, capsys):
@@ -295,6 +359,8 @@ def test_errors_of_the_command_line(make, tmp_path, capsys):
     ({'protocol.shot': 9}, 'is of another shot'),
     ({'protocol.data.new': 9}, 'is of another data.new'),
     ({'checkpoint_step': 2}, 'is of checkpoint 2, and now 6 is the best'),
+    ({'ensemble_checkpoints': [6]}, "damaged (KeyError: 'ensemble_accuracy'"),
+    ({'ensemble_checkpoints': [6], 'ensemble_accuracy': [0.5]}, 'damaged (ValueError: not one number for each episode'),
   ],
 )
 def test_stored_episodes_that_will_not_do(make, text, why):
@@ -310,6 +376,23 @@ def test_stored_episodes_that_will_not_do(make, text, why):
   assert compare._stored(folder, given, 6)[1] is compare._stored(folder, given, None)[1] is None
   path.write_text(text)
   assert f'test_episodes.json {why}' in compare._stored(folder, given, 6)[1].replace(' is damaged', ' damaged')
+
+
+def test_what_is_stored_of_the_last_checkpoint(make):
+  stored, name = {'last_accuracy': [0.25] * 4, 'last_checkpoint_step': 8}, 'test_episodes.json'
+  without, of_8 = make('without', [0.5] * 4), make('of_8', [0.5] * 4, **stored)
+  damaged = make('damaged', [0.5] * 4, **stored | {'last_accuracy': [0.25] * 3})
+  for folder, step, found, why_not in [
+    (without, 6, [0.5] * 4, None),  # the best was the last
+    (without, 8, None, f'{name} is of checkpoint 6, and now 8 is the last'),
+    (without, None, None, f'{name} says nothing of the last checkpoint'),
+    (of_8, 8, [0.25] * 4, None),
+    (of_8, None, [0.25] * 4, None),
+    (of_8, 6, None, f'{name} is of checkpoint 8, and now 6 is the last'),
+    (damaged, 8, None, f'{name} is damaged (ValueError: not one number for each episode)'),
+  ]:
+    result, why = compare._stored(folder, workdir.read_config(folder), step, last=True)
+    assert (result and result['accuracy'], why) == (found, why_not), (folder, step)
 
 
 def test_notes(make, capsys):
@@ -332,34 +415,40 @@ def test_what_is_read_equals_what_is_evaluated(cache, tmp_path, capsys, monkeypa
   monkeypatch.setattr(report, 'draw_training', lambda workdir: None)
   folders = [tmp_path / name for name in ('a', 'b')]
   for seed, folder in enumerate(folders):
-    small = '--config.total_steps=1', '--config.eval.episodes=6', '--config.eval.val_episodes=2'
+    small = '--config.total_steps=2', '--config.checkpoint_every=1', '--config.eval.episodes=6'
+    small += '--config.eval.val_episodes=2', '--config.eval.last=True'
     given = f'--config={TINY}', f'--workdir={folder}', f'--config.seed={seed}', '--config.model.name=mlp', *small
     assert main.main(['metajax', *given]) == 0
-    (folder / 'checkpoints' / '2.orbax-checkpoint-tmp-0').mkdir()  # as if the next one were being written
+    (folder / 'checkpoints' / '3.orbax-checkpoint-tmp-0').mkdir()  # as if the next one were being written
     each, summary = (json.loads((folder / name).read_text()) for name in ('test_episodes.json', 'test.json'))
     assert len(each['accuracy']) == 6 and np.float32(each['accuracy']).mean(dtype=float) == summary['accuracy']
-    assert each['checkpoint_step'] == summary['checkpoint_step'] == 1
+    assert each['checkpoint_step'] == summary['checkpoint_step'] == each['last_checkpoint_step'] == 2
   capsys.readouterr()
 
-  outputs = []
-  for damage in ('nothing', 'episodes', 'step'):
-    path = folders[0] / 'test_episodes.json'
+  def compared(damage, *options):
+    path, table = folders[0] / 'test_episodes.json', tmp_path / 'table.csv'
     whole = path.read_text()
     if damage == 'episodes':
       path.write_text(whole[:100])
     elif damage == 'step':
-      path.write_text(whole.replace('"checkpoint_step": 1', '"checkpoint_step": 0'))
-    table = tmp_path / f'{damage}.csv'
+      path.write_text(whole.replace('checkpoint_step": 2', 'checkpoint_step": 0'))
     with workdir.locked(folders[0]):  # as if it were training
       before = [listing(folder) for folder in folders]
-      assert run(*folders, f'--csv={table}') == 0
+      assert run(*folders, *options, f'--csv={table}') == 0
       assert [listing(folder) for folder in folders] == before
     path.write_text(whole)
-    outputs.append((capsys.readouterr().out, table.read_text()))
+    return capsys.readouterr().out, table.read_text()
+
+  outputs = [compared(damage) for damage in ('nothing', 'episodes', 'step')]
   assert all(text == outputs[0][1] for _, text in outputs)
   assert 'evaluating' not in outputs[0][0]
   assert f'{folders[0]}: test_episodes.json is damaged' in outputs[1][0] and str(folders[1]) not in outputs[1][0]
-  assert 'test_episodes.json is of checkpoint 0, and now 1 is the best: evaluating' in outputs[2][0]
+  assert 'test_episodes.json is of checkpoint 0, and now 2 is the best: evaluating its best' in outputs[2][0]
+
+  (folders[0] / 'checkpoints' / '1' / 'metrics' / 'metrics').write_text('{"score": 2}')  # now better than the last
+  (read, read_table), (evaluated, evaluated_table) = (compared(damage, '--last') for damage in ('nothing', 'step'))
+  assert read_table == evaluated_table and 'evaluating' not in read
+  assert 'test_episodes.json is of checkpoint 0, and now 2 is the last: evaluating its last checkpoint' in evaluated
 
   workdir.forget_test(folders[0])
   assert not list(itertools.chain(*(folders[0].glob(name) for name in ('test.json', 'test_episodes.json'))))

@@ -46,9 +46,9 @@ def leave(arguments, values=None, ensemble=None):
     'checkpoint_step': given.total_steps,
     'accuracy': values.tolist(),
   }
+  if ensemble is not None:
+    each |= {'ensemble_accuracy': ensemble.tolist(), 'ensemble_checkpoints': [6]}
   result = {'episodes': len(values), 'checkpoint_step': given.total_steps}
-  if ensemble:
-    result |= {'ensemble_accuracy': ensemble[0], 'ensemble_accuracy_ci95': ensemble[1], 'ensemble_checkpoints': [6]}
   (folder / 'test_episodes.json').write_text(json.dumps(each))
   (folder / 'test.json').write_text(json.dumps(result))
   score = folder / 'checkpoints' / str(given.total_steps) / 'metrics' / 'metrics'
@@ -311,8 +311,9 @@ def test_slurm_array_has_a_task_for_each_cell(capsys):
 def test_table_over_seeds(started, tmp_path, capsys):
   grid = f'--config={TINY}', '--over', 'seed=0,1,2', 'shot=1,2', '--config.eval.episodes=40', '--workdir=grid'
   cells = cells_of(*grid)
+  apart = np.tile([-0.05, 0.05], 20)  # whose standard deviation is 0.05
   for cell in cells[:-1]:
-    leave(cell.arguments, ensemble=(0.9 + 0.01 * cell.config.seed, 0.02) if cell.config.data.shot == 1 else None)
+    leave(cell.arguments, ensemble=0.9 + 0.01 * cell.config.seed + apart if cell.config.data.shot == 1 else None)
   assert run(*grid, '--table', '--csv=new/table.csv', '--markdown=table.md') == 0
   assert not started
   output = capsys.readouterr().out
@@ -329,9 +330,9 @@ def test_table_over_seeds(started, tmp_path, capsys):
     np.testing.assert_allclose(float(row['accuracy_ci95']), 1.96 * stats.sem(np.mean(values, axis=0), ddof=0))
     np.testing.assert_allclose(float(row['seeds_ci95']), (high - low) / 2)
     np.testing.assert_allclose(float(row['seeds_std']), stats.tstd(means))
-  np.testing.assert_allclose(float(rows[0]['ensemble']), 0.91)
-  np.testing.assert_allclose(float(rows[0]['ensemble_ci95']), 0.02)
-  np.testing.assert_allclose(float(rows[0]['ensemble_seeds_ci95']), stats.t.ppf(0.975, 2) * 0.01 / np.sqrt(3))
+  np.testing.assert_allclose(float(rows[0]['ensemble']), 0.91, rtol=1e-6)
+  np.testing.assert_allclose(float(rows[0]['ensemble_ci95']), 1.96 * 0.05 / np.sqrt(40), rtol=1e-6)
+  np.testing.assert_allclose(float(rows[0]['ensemble_seeds_ci95']), stats.t.ppf(0.975, 2) * 0.01 / 3**0.5, rtol=1e-5)
   assert rows[1]['ensemble'] == rows[0]['difference'] == ''
 
   first, second = table_of(output)
@@ -339,7 +340,7 @@ def test_table_over_seeds(started, tmp_path, capsys):
     *('run', 'seeds', 'shot', 'accuracy', '95 % over seeds', 'std of seeds'),
     *('ensemble accuracy', 'ensemble, 95 % over seeds'),
   ]
-  assert first['ensemble accuracy'] == '91.00 % ± 2.00 %' and second['ensemble accuracy'] == '-'
+  assert first['ensemble accuracy'] == '91.00 % ± 1.55 %' and second['ensemble accuracy'] == '-'
   assert first['95 % over seeds'] == f'± {100 * float(rows[0]["seeds_ci95"]):.2f} %'
   assert Path('table.md').read_text().startswith('glyphs, 3-way, ')
 
