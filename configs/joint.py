@@ -65,7 +65,8 @@ def get_config(arg=None):
     config.data.update(augment=('crop', 'jitter', 'flip'), normalize='metaoptnet_mini')
   elif arg.data in ('cifar_fs', 'fc100'):
     config.data.update(augment=('crop', 'jitter', 'flip'), normalize='rfs_cifar')
-  elif arg.data == 'omniglot':
+  elif arg.data in ('omniglot', 'glyphs'):  # which have 20 images of a class
     config.eval.query_shot = 5
-    config.algorithm.row_scale = 1.0  # of its 4,112 classes
+    if arg.data == 'omniglot':
+      config.algorithm.row_scale = 1.0  # of its 4,112 classes
   return config
