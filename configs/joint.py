@@ -21,9 +21,11 @@ last, though it means the best. Published, 5-way accuracy in %, what +- means is
 Cost on mini-ImageNet 5-shot: 3.7 GPU-hours, MetaOptNet 85.6 (AWS P3).
 
 An epoch is 1,600 tasks in meta-batches of m; theirs of 6 has one more meta-update, of the four tasks that are left.
-Theirs has up to 1,000 epochs and ends after 15 without better validation; so does this. Test episodes have 30 queries a
-class (the authors used 50). DropBlock's ramp is of 20 epochs and of training's passes alone. AdamW's and AdaMax's
-settings are Optax's; where theirs decays by 0.01 whatever is asked and doubles the step size, ours do not.
+`tasks=` is m, by which the lengths of an epoch and of DropBlock's ramp and the running averages' momentum go; `way=` is
+of the test, training has 5. Theirs has up to 1,000 epochs and ends after 15 without better validation; so does this.
+Test episodes have 30 queries a class (the authors used 50). DropBlock's ramp is of 20 epochs and of training's passes
+alone. AdamW's and AdaMax's settings are Optax's; where theirs decays by 0.01 whatever is asked and doubles the step
+size, ours do not.
 """
 
 import ml_collections

@@ -15,6 +15,12 @@ codes:
   middle 80 of 92 pixels, where theirs are cut from all of them; those of CIFAR-100 are made 80 pixels large. Its author
   reports 57.8 % in 1-shot validation on mini-ImageNet with a head that begins at random.
 
+Where these differ from ours: the TensorFlow code keeps the weights after a fixed number of meta-updates, 10,000; here
+`init_from` takes the best by validation, and the last is tested besides. Its rows are Glorot-uniform and its step size
+falls one meta-update later; the PyTorch code's hidden layer is uniform up to PyTorch's bound, ours LeCun-normal. Other
+data sets than mini- and tiered-ImageNet, CIFAR-FS and FC100 get no augmentation, and an epoch of 100 batches:
+`--config.data.augment="('flip',)"` and `steps=` are yours to choose.
+
 A batch is one task, so that one device has all of it. For four: `--config.data.tasks=4 --config.data.batch=16`, where
 each task has batch statistics of its own.
 """
@@ -62,7 +68,7 @@ def get_config(arg=None):
       config.data.normalize = 'mtl'
       if arg.data.endswith('imagenet'):
         config.data.crop = 80 / 92
-  config.eval = dict(query_shot=15, val_episodes=600)
+  config.eval = dict(query_shot=15, val_episodes=600, last=True)
   if arg.data == 'omniglot':
     config.data.query_shot = config.eval.query_shot = 5
   return config

@@ -182,7 +182,7 @@ def read(folder, config, data_dir, last=False):
         raise UserError(f'{folder} holds no checkpoint to evaluate, and {why_not}: train first')
       print(f'{folder}: {why_not}: evaluating its {"last" if last else "best"} checkpoint', flush=True)
       try:
-        experiment = experiment_lib.make(config, data_dir, ('train', 'test'))
+        experiment = experiment_lib.make(config, data_dir, validated=False)
         state = train.load(checkpoints, experiment, config, last)
         values = report.make_test(config, experiment)(state)
       except UserError as error:

@@ -58,7 +58,7 @@ _EVAL = dict(
   query_shot=int,
   augment=(),  # of validation and test: none unless asked for, whatever training has
   head='',  # fitted to the features of the support images in place of the learner's own way, see `metajax.heads`
-  head_c=1.0,  # its c
+  head_c=float,  # its c, if it has one: by default the algorithm's head_c, else 1
   head_normalize=True,  # whether it sees features of length 1
   last=False,  # the last checkpoint as well as the best by validation: numbers of its own
   ensemble=0,  # of so many of the best checkpoints by validation, the mean of their outputs: a number of its own
@@ -196,6 +196,11 @@ def build(config, group, *supplied, **more):
 def get(config, name):
   """The setting of a dotted name."""
   return functools.reduce(operator.getitem, name.split('.'), config)
+
+
+def head_c(config):
+  """The c of the head that `config.eval` names."""
+  return config.algorithm.get('head_c', 1.0) if config.eval.head_c is None else config.eval.head_c
 
 
 def differences(a, b):

@@ -41,8 +41,16 @@ _COUNTS_OR_ZERO = (
 )
 
 
-def make(config, data_dir, needed=('train', 'test')):
-  """Loads the data and builds what the config names; `needed` are the splits that the data must have."""
+def make(config, data_dir, needed=('train', 'test'), *, validated=True):
+  """Loads the data and builds what the config names.
+
+  Args:
+    config: complete.
+    data_dir: where archives of data sets lie.
+    needed: the splits that the data must have.
+    validated: whether there are episodes of its val split too, if it has one; evaluation needs none, and that split may
+      be too small for evaluation's way.
+  """
   for name in (*_COUNTS, *_COUNTS_OR_ZERO):
     value, least = config_lib.get(config, name), int(name in _COUNTS)
     if not isinstance(value, int) or value < least:
@@ -57,7 +65,8 @@ def make(config, data_dir, needed=('train', 'test')):
   if config.eval.ensemble and 'val' not in splits:
     raise UserError(f'config.eval.ensemble: {config.data.name} has no val split to choose by: add one, or set it to 0')
 
-  sources = make_sources(config, splits)
+  used = {*needed, 'train', *(['val'] if validated else [])}
+  sources = make_sources(config, {split: data for split, data in splits.items() if split in used})
   shapes = jax.eval_shape(sources['train'].decode, sources['train'].resident, sources['train'].sample(0, 1))
   targets = shapes.query.targets
   regression = jnp.issubdtype(targets.dtype, jnp.floating)
@@ -75,10 +84,13 @@ def make(config, data_dir, needed=('train', 'test')):
   algorithm = config_lib.build(
     config, 'algorithm', model, way=classes if config.data.batch else config.data.way, **supplied
   )
-  evaluation = config_lib.build(config, 'algorithm', model, way=way, **supplied, **for_evaluation)
+  try:
+    evaluation = config_lib.build(config, 'algorithm', model, way=way, **supplied, **for_evaluation)
+  except UserError as error:  # not of training's settings
+    raise UserError(str(error).replace('config.algorithm:', 'config.eval:', 1)) from error
   if config.eval.head:
     evaluation = with_head(config, evaluation, objective, way)
-  elif (config.eval.head_c, config.eval.head_normalize) != (1.0, True):
+  elif config.eval.head_c is not None or not config.eval.head_normalize:
     raise UserError('config.eval.head_c and head_normalize are of the head that config.eval.head names: name one')
   example = np.zeros(shapes.support.inputs.shape[1:], np.float32)
   if not regression and way > config.data.way:
@@ -89,6 +101,8 @@ def make(config, data_dir, needed=('train', 'test')):
     raise UserError(
       f'config.data.batch = {config.data.batch}: {config.algorithm.name} learns from episodes; set it to 0'
     )
+  if config.data.random_updates != 10 and not config.data.hard_updates:
+    raise UserError('config.data.random_updates is for hard tasks: choose data.hard_updates as well')
   tx = config_lib.call(optimizers.make, config, 'optimizer', config.total_steps)
   sources['train'] = episodes.grouped(sources['train'], config.data.group)
   return Experiment(
@@ -119,8 +133,10 @@ def with_head(config, algorithm, objective, way):
     raise UserError('config.eval.head: heads are of classes, and regression has none')
   if algorithm.embedding is None:
     raise UserError(f'config.eval.head: {config.algorithm.name} with these settings has no embedding to fit a head to')
+  if config.eval.head_c is not None and config.eval.head not in heads.WITH_C:
+    raise UserError(f'config.eval.head_c: {config.eval.head} has no c, only {" and ".join(heads.WITH_C)} have one')
   try:
-    head = heads.make(config.eval.head, c=config.eval.head_c, normalize=config.eval.head_normalize)
+    head = heads.make(config.eval.head, c=config_lib.head_c(config), normalize=config.eval.head_normalize)
   except UserError as error:
     raise UserError(f'config.eval.head: {error}') from error
   adapt, predict = heads.learner(head, algorithm.embedding, way)
@@ -203,7 +219,9 @@ def make_source(config, data, split, *, merged=False):
   """
   training = split == 'train'
   sizes = {k: config.data[k] for k in ('way', 'shot', 'query_shot')}
-  if not training:
+  if training and config.data.batch:
+    sizes.update(shot=1, query_shot=1)  # episodes are for their images' shapes alone, however few there are of a class
+  elif not training:
     sizes.update({k: config.eval[k] for k in sizes if config.eval[k] is not None})
   return episodes.make_source(
     data,

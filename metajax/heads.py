@@ -23,6 +23,9 @@ _TOLERANCE, _FORCING = 1e-5, 0.1
 _STEP_SIZES = np.float32([*0.25 ** np.arange(5), 0])  # from 0 on none is taken that makes things worse
 
 
+WITH_C = ('logistic_regression', 'ridge')  # the others have no c
+
+
 class Linear(NamedTuple):
   """A fitted head."""
 
@@ -83,7 +86,8 @@ _product = functools.partial(jnp.matmul, precision='highest')
 
 
 def unit(x):
-  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+  """x (..., d) at length 1; zeros stay zeros, and have derivatives."""
+  return x / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
 def _prototype(features, targets, way):

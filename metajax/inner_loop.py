@@ -12,7 +12,7 @@ import numpy as np
 from metajax.errors import UserError
 
 
-def sgd(loss_fn, params, steps, *, rate=lambda step: step, first_order=False, checkpoint=False, path=False):
+def sgd(loss_fn, params, steps, *, rate=lambda step: step, first_order=False, checkpoint=False, after=None):
   """Takes SGD steps on one task's support loss, differentiable in `params`, `steps` and whatever `rate` reads.
 
   Finn et al. 2017, Algorithm 1, line 6; with other step sizes for each tensor and step Antoniou et al. 2019, section 4
@@ -28,11 +28,11 @@ def sgd(loss_fn, params, steps, *, rate=lambda step: step, first_order=False, ch
     checkpoint: keep only the weights between steps for the backward pass and compute the rest again: the memory of
       one step instead of all, for about a third more time. From 9 steps on the weights too are kept between groups of
       steps only, and within one group at a time: of n steps about 2 sqrt(n) copies, for one more forward pass.
-    path: keep the weights after each step as well.
+    after: (weights after a step, step) -> what to keep of them, any pytree; None for nothing.
 
   Returns:
-    fast weights, a pytree like `params`; what `loss_fn` kept, with a leading axis of steps; with `path` a third, the
-    weights after each step, likewise.
+    fast weights, a pytree like `params`; what `loss_fn` kept, with a leading axis of steps; with `after` a third, what
+    it returned, likewise.
   """
   gradient = jax.grad(loss_fn, has_aux=True)
 
@@ -42,7 +42,7 @@ def sgd(loss_fn, params, steps, *, rate=lambda step: step, first_order=False, ch
       grads = jax.lax.stop_gradient(grads)
     rates = jax.tree.broadcast(rate(step), params)
     params = jax.tree.map(lambda p, r, g: p - r * g, params, rates, grads)
-    return params, (kept, params) if path else (kept,)
+    return params, (kept, after(params, step)) if after else (kept,)
 
   params, kept = _scan(take_step, params, steps, checkpoint)
   return params, *kept

@@ -48,7 +48,7 @@ def main(argv=None):
 
     config = config_lib.from_json(processes.from_first(read_config))
     if not place:
-      parallel.use_cores(config.data.tasks)
+      parallel.use_cores(config.eval.episodes if options.mode == 'eval' else config.data.tasks)
     train.run(config, options.workdir, data_dir=options.data_dir, mode=options.mode)
     processes.finish()
     return 0

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from metajax import config as config_lib
-from metajax import evaluate, figures, networks, parallel, processes, writer
+from metajax import evaluate, figures, heads, networks, parallel, processes, writer
 from metajax.data import episodes
 from metajax.errors import UserError
 from metajax.files import write_atomically
@@ -187,7 +187,10 @@ def _best_members(checkpoints, like, count):
 
 def _finite(values):
   if not np.isfinite(values['loss']).all():
-    raise UserError('the test diverged: a loss is not finite. Try a smaller config.eval.inner_lr, or fewer inner_steps')
+    raise UserError(
+      'the test diverged: a loss is not finite. With an inner loop, try a smaller config.eval.inner_lr, or fewer '
+      'inner_steps'
+    )
   return values
 
 
@@ -222,7 +225,11 @@ def adaptation(config):
   """
   of_head = 'head', 'head_c', 'head_normalize'
   if config.eval.head:
-    found = {name: config.eval[name] for name in of_head}
+    found = {
+      'head': config.eval.head,
+      'head_c': config_lib.head_c(config),
+      'head_normalize': config.eval.head_normalize,
+    }
   else:
     found = {name: _chosen(config, 'algorithm', name) for name in config_lib.OF_INNER_LOOP}
     if config.algorithm.get('learned_lr', 'no') != 'no':
@@ -231,6 +238,8 @@ def adaptation(config):
       found |= {'head': config.algorithm.head, 'head_c': config.algorithm.get('head_c'), 'head_normalize': True}
     if config.algorithm.get('mirror'):
       found['mirror'] = True
+  if found.get('head') not in heads.WITH_C:
+    found['head_c'] = None
   return dict.fromkeys((*config_lib.OF_INNER_LOOP, *of_head, 'mirror')) | found
 
 
@@ -277,7 +286,10 @@ def test_line(result):
   shot = f'{result["shot"]}-shot'
   protocol = [f'{result["way"]}-way {shot}' if 'way' in result else shot, f'{result["episodes"]} episodes']
   if 'head' in result:
-    protocol.append(f'{result["head"].replace("_", " ")} head')
+    c = f' of c = {result["head_c"]:g}' if 'head_c' in result else ''
+    protocol.append(f'{result["head"].replace("_", " ")} head{c}')
+    if not result['head_normalize']:
+      protocol.append('features of any length')
   if 'mirror' in result:
     protocol.append('mirrored support')
   if 'batch_norm' in result:

@@ -7,7 +7,8 @@ channel, and a shift of each output channel (equation 6):
 
 That is a matter of parameters alone: `apply` returns those with which the network computes just this. A parameter of
 four dimensions is a kernel (h, w, c, features), one called 'shortcut' a 1x1 kernel (c, features); the bias is beside
-it, with '_bias' after its name. So `models` names them.
+it, with '_bias' after its name. So `models` names them; Flax's own convolutions call the two 'kernel' and 'bias'. In a
+network without convolutions nothing is scaled.
 """
 
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def init(params, *, shortcuts=True, norm=False):
     for a 1x1 kernel (c, features), shifts zeros (features,).
   """
   params = flatten_dict(params)
-  kernels = {path: p for path, p in params.items() if p.ndim == 4 or (shortcuts and path[-1] == 'shortcut')}
+  kernels = {path: p for path, p in params.items() if _is_kernel(path, p.shape, shortcuts)}
   learned = {
     'scale': {path: jnp.ones((1,) * (p.ndim - 2) + p.shape[-2:], p.dtype) for path, p in kernels.items()},
     'shift': {path: jnp.zeros_like(params[path]) for path in map(_bias, kernels) if path in params},
@@ -47,6 +48,11 @@ def apply(frozen, learned):
   return unflatten_dict({**frozen, **scaled, **shifted, **learned.get('norm', {})})
 
 
+def _is_kernel(path, shape, shortcuts):
+  one = path[-1] == 'shortcut' or (len(shape) == 4 and shape[:2] == (1, 1))
+  return shortcuts if one else len(shape) == 4
+
+
 def _bias(kernel):
   """The path of the bias that belongs to the kernel of a path."""
-  return *kernel[:-1], f'{kernel[-1]}_bias'
+  return *kernel[:-1], 'bias' if kernel[-1] == 'kernel' else f'{kernel[-1]}_bias'

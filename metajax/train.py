@@ -139,7 +139,8 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
   with processes.on_first(workdir_lib.locked, workdir):
     settled = processes.from_first(lambda: config_lib.to_json(workdir_lib.settle_config(workdir, config, mode)))
     config = config_lib.from_json(settled)
-    experiment = experiment_lib.make(config, data_dir, ('train',) if mode == 'train' else ('train', 'test'))
+    needed = ('train',) if mode == 'train' else ('train', 'test')
+    experiment = experiment_lib.make(config, data_dir, needed, validated=mode != 'eval')
     with contextlib.closing(processes.on_first(Checkpoints, workdir)) as checkpoints:
       if mode != 'eval':
         with _stop_on_sigterm() as stop:
@@ -159,6 +160,12 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
 def train(config, experiment, workdir, checkpoints, stop):
   """The loop: from the last checkpoint, or from nothing, to `config.total_steps` or where validation ends it."""
   history.check(config, experiment.sources)
+  if experiment.hard and isinstance(experiment.sources['train'].resident, tuple):
+    raise UserError(
+      'config.data.hard_updates: the device draws hard tasks, but the table of images, '
+      f'{experiment.splits["train"].images.nbytes / 1e9:.1f} GB, lies on the host; where the device has room for it, '
+      'set config.data.placement=device'
+    )
   profile = Profile(config.profile if processes.is_first() else '', config.total_steps, workdir)
   state = init_state(experiment, config.seed)
   steps = processes.from_first(checkpoints.steps)
@@ -173,7 +180,7 @@ def train(config, experiment, workdir, checkpoints, stop):
   if steps:
     state = processes.arrays_from_first(restore, state)
   elif config.init_from:
-    state = start_from(config.init_from, state, experiment.algorithm.adopt)
+    state = start_from(config.init_from, state, experiment.algorithm.adopt, config)
   processes.on_first(workdir_lib.keep_config, workdir, config)
   state = parallel.replicate(state)
   done, total, tasks = int(state.step), config.total_steps, config.data.tasks
@@ -191,8 +198,6 @@ def train(config, experiment, workdir, checkpoints, stop):
   processes.on_first(workdir_lib.forget_test, workdir)
 
   source = experiment.sources['train']
-  if experiment.hard and isinstance(source.resident, tuple):
-    raise UserError('config.data.hard_updates: the device draws hard tasks; set config.data.placement=device')
   chunk = parallel.chunk_size(config.chunk, tasks, evaluate.elements(source))
   first, count = parallel.own_tasks(tasks, chunk)
 
@@ -272,7 +277,7 @@ def after_validation(state, scores, optimizer, progress):
   return parallel.replicate(optimizers.with_factor(state, after))
 
 
-def start_from(workdir, state, adopt=None):
+def start_from(workdir, state, adopt=None, config=None):
   """The state with the best weights of another run; optimiser and task weighting stay as they are.
 
   Where the other run's learner keeps its network apart ('embedding') and is of another kind than this one, the network
@@ -282,6 +287,7 @@ def start_from(workdir, state, adopt=None):
     workdir: of that run; it is only read.
     state: of this run, before the first meta-update.
     adopt: of its algorithm.
+    config: of this run; if given, a line says in which settings its network or images are others than that run's.
 
   Raises:
     UserError: there are no weights, or they are not those of this run's network.
@@ -314,9 +320,28 @@ def start_from(workdir, state, adopt=None):
     at = f', which is at step {step} of {kept.total_steps}: it is not trained to its end'
     unfinished = '' if history.finished(workdir, kept, step) else at
     print(f'initial weights: the best of {workdir}{part}{unfinished}')
+    if config and (others := _differing(config, kept)):
+      print(f'its network or images were others: {"; ".join(others)}')
     return jax.tree.map(lambda x, like: np.asarray(x, like.dtype), found, like)
 
   return state._replace(**processes.arrays_from_first(read, like))
+
+
+# Of settings that leave the shapes of weights as they are: those of images; those of training alone.
+_OF_IMAGES = 'data.size', 'data.crop', 'data.normalize'
+_OF_TRAINING = 'model.dropout', 'model.block_size', 'model.ramp', 'model.dtype'
+
+
+def _differing(config, other):
+  """How the network and images of another config differ: ['model.pool = True, here False', ...]."""
+
+  def value(config, name):
+    group, name = name.split('.')
+    return config[group].get(name)
+
+  names = config_lib.differences(config, other)
+  names = [n for n in names if n in _OF_IMAGES or (n.startswith('model.') and n not in _OF_TRAINING)]
+  return [f'{name} = {value(other, name)!r}, here {value(config, name)!r}' for name in names]
 
 
 def mismatches(found, wanted):
@@ -413,9 +438,9 @@ def _diverged(step, checkpoints):
     good = f'the last good checkpoint is of step {steps[0]}' if steps else 'there is no checkpoint before it'
     return (
       f'training diverged: loss, gradient or task weights are not finite at step {step}; {good} in '
-      f'{checkpoints.directory}. Try, in a new --workdir, a smaller config.algorithm.inner_lr or '
-      'config.optimizer.learning_rate, config.optimizer.clip=10, or, if tasks are weighted, a smaller '
-      'config.weighting.gain'
+      f'{checkpoints.directory}. Try, in a new --workdir, a smaller config.optimizer.learning_rate, '
+      'config.optimizer.clip=10, with an inner loop a smaller config.algorithm.inner_lr, or, if tasks are weighted, a '
+      'smaller config.weighting.gain'
     )
 
   return UserError(processes.from_first(message))

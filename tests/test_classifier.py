@@ -246,7 +246,26 @@ def test_settings_that_are_refused(settings, text):
     make(**settings)
 
 
-def test_batches_are_refused_for_what_learns_from_episodes():
-  config = config_lib.override(config_lib.load(TINY), ['--config.data.batch=8'])
-  with pytest.raises(UserError, match='8: maml learns from episodes'):
+@pytest.mark.parametrize(
+  ('settings', 'text'),
+  [
+    (['--config.algorithm.name=maml'], '8: maml learns from episodes'),
+    (["--config.data.augment=('rotate',)"], 'rotate turns the classes of an episode'),
+    (['--config.eval.way=7'], 'way = 7, but the val split has only 6 classes: choose a smaller config.eval.way'),
+    (['--config.eval.query_shot=9'], 'glyph0012 of the val split .* a smaller config.eval.shot or query_shot'),
+  ],
+)
+def test_data_that_is_refused_for_batches(settings, text):
+  config = ['--config.algorithm.name=classifier', '--config.data.batch=8', *settings]
+  with pytest.raises(UserError, match=text):
+    experiment_lib.make(config_lib.override(config_lib.load(TINY), config), None)
+
+
+def test_evaluation_looks_at_the_test_split_alone_and_batches_need_no_episodes_of_training():
+  plain = ['--config.algorithm.name=classifier', '--config.data.batch=8', '--config.data.classes=(12,3,6)']
+  episodes = ['--config.data.query_shot=9', '--config.eval.query_shot=2', '--config.eval.way=5']
+  config = config_lib.override(config_lib.load(TINY), [*plain, *episodes])
+  made = experiment_lib.make(config, None, validated=False)
+  assert made.sources.keys() == {'train', 'test'} and made.sources['test'].sample(0, 1)['rows'].shape == (1, 5, 3)
+  with pytest.raises(UserError, match='way = 5, but the val split has only 3 classes'):
     experiment_lib.make(config, None)

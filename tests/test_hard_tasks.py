@@ -108,6 +108,12 @@ def test_the_host_cannot_draw_them(cache, tmp_path, capsys):
   assert 'config.data.hard_updates: the device draws hard tasks' in capsys.readouterr().err
 
 
+def test_the_number_of_random_updates_is_nothing_without_hard_ones():
+  config = config_lib.override(config_lib.load(TINY), ['--config.data.random_updates=5'])
+  with pytest.raises(UserError, match='random_updates is for hard tasks'):
+    experiment_lib.make(config, None)
+
+
 @pytest.mark.parametrize(
   ('override', 'message'),
   [

@@ -127,6 +127,14 @@ def test_cosines_to_the_class_means(normalize):
   close(logits[0], queries[0] @ means.T)
 
 
+def test_features_of_length_1_are_divided_and_have_derivatives_of_zeros_too():
+  x = np.float32([[3, 4], [0, 0], [1e-9, 0]])
+  close(heads.unit(x), [[0.6, 0.8], [0, 0], [1, 0]])
+  derivative = jax.grad(lambda x: jnp.sum(heads.unit(jax.nn.relu(x)) ** 2 + heads.unit(x)))(x)
+  assert np.isfinite(derivative).all()
+  close(derivative[0], [(1 * 16 - 12) / 125, (9 - 12) / 125])
+
+
 def test_under_vmap_as_one_by_one():
   support, targets, queries = draw(3, (3, 3, 3), 12)
   support[0] = 0  # done at once, while the others go on

@@ -134,6 +134,13 @@ def test_a_classifier_of_the_same_classes_goes_on_with_all_of_it(pretrained, cac
   started = train.start_from(str(pretrained), train.init_state(made, seed=7), made.algorithm.adopt)
   assert_same((started.params, started.model_state), Checkpoints(pretrained, read_only=True).best_weights())
   assert capsys.readouterr().out == f'initial weights: the best of {pretrained}\n'
+  config = config_lib.override(
+    workdir.read_config(pretrained),
+    ['--config.model.negative_slope=0.1', '--config.data.normalize=mtl', '--config.data.way=4'],
+  )
+  train.start_from(str(pretrained), train.init_state(made, seed=7), config=config)
+  line = "its network or images were others: data.normalize = 'none', here 'mtl'; model.negative_slope = 0.0, here 0.1"
+  assert capsys.readouterr().out.splitlines()[1:] == [line]
 
 
 @pytest.mark.parametrize(('algorithm', 'more'), [('protonet', 12), ('maml', 12), ('meta_transfer', 12 + 4)])

@@ -77,7 +77,7 @@ def test_no_steps_leave_the_weights():
 
 def test_the_path_has_the_weights_after_each_step():
   start = {'w': jnp.float32(1.5)}
-  fast, _, path = inner_loop.sgd(loss_fn, start, jnp.array(RATES), path=True)
+  fast, _, path = inner_loop.sgd(loss_fn, start, jnp.array(RATES), after=lambda w, _: w)
   assert path['w'].shape == (3,) and path['w'][-1] == fast['w']
   np.testing.assert_allclose(inner_loop.prepend(start, path)['w'], closed_form(1.5, RATES), rtol=1e-6)
 
@@ -107,7 +107,7 @@ def test_checkpoint_of_a_long_loop_is_the_loop_without(steps):
       value = jnp.sum(jnp.sin(w) ** 2)
       return value, value
 
-    fast, losses, path = inner_loop.sgd(loss_fn, w, rates, checkpoint=checkpoint, path=True)
+    fast, losses, path = inner_loop.sgd(loss_fn, w, rates, checkpoint=checkpoint, after=lambda w, _: w)
     return jnp.sum(fast) + jnp.sum(losses) + jnp.sum(path), (fast, losses, path)
 
   gradient = jax.jit(jax.grad(after, (0, 1), has_aux=True), static_argnums=2)

@@ -237,7 +237,7 @@ def ridge(support, targets, query):
 @pytest.mark.parametrize(
   ('algorithm', 'head', 'expected'),
   [
-    ('classifier', 'logistic_regression --config.eval.head_c=3.0', of_unit(logistic_regression)),
+    ('classifier --config.algorithm.head_c=3.0', 'logistic_regression', of_unit(logistic_regression)),
     ('maml', 'ridge --config.eval.head_c=2.0', of_unit(ridge)),
     ('protonet', 'prototype --config.eval.head_normalize=False', nearest_means),
     ('meta_transfer', 'cosine', of_unit(cosines)),
@@ -249,7 +249,7 @@ def test_eval_mode_with_a_head_is_a_loop_over_episodes(
   if algorithm != 'maml':  # which has an inner loop, and none to draw with a head
     monkeypatch.setattr(report, 'draw', lambda *arguments: None)
   leaky = '--config.model.negative_slope=0.1'  # so that no features are all 0
-  overrides = [*SMALL_CONV, leaky, f'--config.algorithm.name={algorithm}']
+  overrides = [*SMALL_CONV, leaky, *f'--config.algorithm.name={algorithm}'.split()]
   config = config_lib.override(config_lib.load(TINY), overrides)
   made = experiment_lib.make(config, None)
   state = train.start_from(str(pretrained), train.init_state(made, seed=0), made.algorithm.adopt)
@@ -280,7 +280,13 @@ def test_eval_mode_with_a_head_is_a_loop_over_episodes(
     losses.append(-log_softmax(logits, axis=1)[np.arange(6), targets].mean())
   assert result['loss'] == pytest.approx(np.mean(losses), rel=1e-4)
   assert len(set(each['accuracy'])) > 1 and result['head'] == head.split()[0] and 'by_inner_step' not in result
-  assert f'{result["head"].replace("_", " ")} head' in printed.splitlines()[-1]
+  of_c = {
+    'classifier --config.algorithm.head_c=3.0': ' of c = 3',
+    'maml': ' of c = 2',
+    'protonet': ', features of any length',
+  }.get(algorithm, '')
+  assert f'{result["head"].replace("_", " ")} head{of_c}, {result["batch_norm"]} batch norm' in printed.splitlines()[-1]
+  assert ('head_c' in result) == (' of c' in of_c)
 
 
 def test_heads_that_there_are_not_and_learners_without_an_embedding_are_refused():
@@ -295,9 +301,12 @@ def test_heads_that_there_are_not_and_learners_without_an_embedding_are_refused(
     experiment_lib.with_head(config, without_head_form, losses.CLASSIFICATION, way=3)
   with pytest.raises(UserError, match='regression has none'):
     experiment_lib.with_head(config, without_head_form, losses.REGRESSION, way=3)
-  config = config_lib.override(config_lib.load(TINY), ['--config.eval.head_c=3'])
-  with pytest.raises(UserError, match='name one'):
-    experiment_lib.make(config, None)
+  for arguments, text in (
+    (['--config.eval.head_c=3'], 'name one'),
+    (['--config.eval.head=cosine', '--config.eval.head_c=3'], 'cosine has no c'),
+  ):
+    with pytest.raises(UserError, match=text):
+      experiment_lib.make(config_lib.override(config_lib.load(TINY), arguments), None)
 
 
 def test_errors_of_the_command_line(finished, cache, tmp_path, capsys, monkeypatch):

@@ -214,6 +214,9 @@ def test_trajectory_goes_from_the_initial_weights_to_those_of_adapt(small, inner
   moved = inner_params or params
   expected = [gradient_steps(model, params, support, steps, 0.5, moved) for steps in range(4)]
   assert_close(trajectory.params, jax.tree.map(lambda *x: jnp.stack(x), *expected), rtol=1e-4, atol=1e-6)
+  inputs = first(episodes).query.inputs
+  outputs = [model.apply({'params': fast}, inputs) for fast in expected]
+  assert_close(learner.predict_along(params, {}, support, inputs, None), jnp.stack(outputs), rtol=1e-4, atol=1e-5)
 
 
 def test_evaluation_may_take_other_inner_steps_than_training(small):
@@ -312,6 +315,10 @@ def test_trajectory_normalises_each_step_by_its_own_support_statistics():
   for step in range(2):
     fast, state = jax.tree.map(lambda x, step=step: x[step], trajectory)
     assert_close(state['batch_stats'], by_hand(fast, episode.support.inputs)[1], rtol=1e-4, atol=1e-6)
+  along = learner.predict_along(params, model_state, episode.support, episode.query.inputs, None)
+  steps = [jax.tree.map(lambda x, k=k: x[k], trajectory) for k in range(2)]
+  outputs = [by_hand(fast, episode.query.inputs, state['batch_stats'])[0] for fast, state in steps]
+  assert_close(along, jnp.stack(outputs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(('momentum', 'settings'), [(0.9, {}), (0.6, {'batch_norm_momentum': 0.6})])

@@ -109,6 +109,9 @@ def test_every_step_has_its_own_rows_and_step_sizes_and_further_ones_use_the_las
   assert_close(outputs, LOGITS({'params': expected[-1]}, episode.query.inputs))
   path = jax.jit(evaluation.trajectory)(params, model_state, episode.support, None).params
   assert_close(jax.tree.map(lambda x: x[1:], path), jax.tree.map(lambda *x: jnp.stack(x), *expected))
+  inputs, logits = episode.query.inputs, [LOGITS({'params': fast}, episode.query.inputs) for fast in expected]
+  along = jax.jit(evaluation.predict_along)(params, model_state, episode.support, inputs, None)
+  assert_close(along[1:], jnp.stack(logits))
   before = {**params['network'], 'norm': jax.tree.map(lambda x: x[0], params['network']['norm'])}
   assert_close(jax.tree.map(lambda x: x[0], path), before, rtol=0, atol=0)
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +56,27 @@ def test_sizes_are_those_of_the_tensorflow_code():
   assert size(params) - size(kernels) - size(learned['shift']) == 172_224
   assert learned['scale']['block1']['conv0'].shape == (1, 1, 64, 128)
   assert size(learned_shapes(params)['scale']) == 868_544 + 172_224
+
+
+def test_convolutions_of_flax_are_known_by_their_names():
+  x = jnp.asarray(draw(0, 1, 5, 5, 2), jnp.float32)
+  model = nn.Sequential([nn.Conv(3, (3, 3)), nn.Conv(4, (1, 1)), nn.Dense(2)])
+  params = drawn(jax.eval_shape(model.init, jax.random.key(0), x)['params'])
+  learned = scale_shift.init(params, shortcuts=False)
+  assert {kind: list(of_kind) for kind, of_kind in learned.items()} == {'scale': ['layers_0'], 'shift': ['layers_0']}
+  learned = drawn(scale_shift.init(params), seed=1)
+  assert learned['scale']['layers_1']['kernel'].shape == (1, 1, 3, 4)
+  expected = x
+  for layer in ('layers_0', 'layers_1'):
+    kernel = params[layer]['kernel'] * learned['scale'][layer]['kernel']
+    bias = params[layer]['bias'] + learned['shift'][layer]['bias']
+    expected = nn.Conv(*((3, (3, 3)) if layer == 'layers_0' else (4, (1, 1)))).apply(
+      {'params': {'kernel': kernel, 'bias': bias}}, expected
+    )
+  expected = expected @ params['layers_2']['kernel'] + params['layers_2']['bias']
+  np.testing.assert_allclose(
+    model.apply({'params': scale_shift.apply(params, learned)}, x), expected, rtol=1e-4, atol=1e-5
+  )
 
 
 def test_sizes_are_those_of_the_pytorch_code():

@@ -10,6 +10,7 @@ import math
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from metajax import heads, losses, networks
 from metajax.errors import UserError
@@ -88,7 +89,7 @@ def make(
       features = heads.unit(features)
     if hidden:
       features = nn.relu(between.apply({'params': head['hidden']}, features))
-    outputs = features @ head['rows'][class_ids].T
+    outputs = jnp.matmul(features, head['rows'][class_ids].T, precision='highest')
     if bias:
       outputs += head['bias'][class_ids]
     momentum = batch_norm_momentum if batch_norm == 'running' else 1.0

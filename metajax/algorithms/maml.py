@@ -178,9 +178,21 @@ def make(
   def trajectory(params, model_state, support, rng):
     del rng
     fast, tables, whole = unfolded = unfold(params, model_state)
-    _, _, path = descend(params, unfolded, support, None, training=False, first_order=True, path=True)
+    _, _, path = descend(params, unfolded, support, None, training=False, first_order=True, after=lambda fast, _: fast)
     rows = inner_loop.rows(tables, np.arange(-1, inner_steps))
     return jax.vmap(lambda fast, row: finished(whole(fast, row), support))(inner_loop.prepend(fast, path), rows)
+
+  def predict_along(params, model_state, support, inputs, rng):
+    del rng
+    fast, tables, whole = unfolded = unfold(params, model_state)
+
+    def outputs(fast, row):
+      return predict(params, model_state, finished(whole(fast, row), support), inputs)
+
+    # Between the steps, so that there is one copy of the fast weights, and not one for each step.
+    after = {'first_order': True, 'after': lambda fast, step: outputs(fast, step[1])}
+    _, _, path = descend(params, unfolded, support, None, training=False, **after)
+    return inner_loop.prepend(outputs(fast, inner_loop.rows(tables, -1)), path)
 
   def predict(params, model_state, adapted, inputs):
     del params, model_state
@@ -198,7 +210,9 @@ def make(
       adapted = finished(whole(fast, row), episode.support, rng_support)
       return normalise(model, *adapted, episode.query.inputs, rng_query)
 
-    options = {'first_order': first_order, 'checkpoint': checkpoint, 'path': multi_step}
+    options = {'first_order': first_order, 'checkpoint': checkpoint}
+    if multi_step:
+      options['after'] = lambda fast, _: fast
     fast, of_support, *path = descend(params, unfolded, episode.support, rng_support, training=True, **options)
     if multi_step:
       rows = inner_loop.rows(tables, np.arange(inner_steps))
@@ -249,6 +263,7 @@ def make(
     predict,
     loss,
     trajectory,
+    predict_along,
     phases=phases if len(phases) > 1 else (),
     embedding=embedding,
     adopt=embedding and networks.adopt,

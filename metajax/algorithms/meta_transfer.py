@@ -73,7 +73,8 @@ def make(
   head = nn.Dense(way, kernel_init=nn.initializers.glorot_uniform())
 
   def logits(weights, features):
-    return features @ weights['kernel'] + weights['bias']  # of as many classes as there were in training
+    # Of as many classes as there were in training.
+    return jnp.matmul(features, weights['kernel'], precision='highest') + weights['bias']
 
   def network(params, model_state):
     learned = {kind: x for kind, x in params.items() if kind != 'head'}
@@ -117,7 +118,8 @@ def make(
   def heads_along(params, model_state, support):
     """The head before each inner step and after the last, and the statistics for queries."""
     features, targets, model_state = embedded(params, model_state, support)
-    return inner_loop.prepend(params['head'], descend(params, features, targets, path=True)[2]), model_state
+    _, _, path = descend(params, features, targets, after=lambda weights, _: weights)
+    return inner_loop.prepend(params['head'], path), model_state
 
   def trajectory(params, model_state, support, rng):
     del rng

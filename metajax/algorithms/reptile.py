@@ -77,4 +77,4 @@ def make(
     metrics = objective.metrics(outputs, episode.query.targets)
     return jax.lax.stop_gradient(value - distance) + distance, (model_state, metrics)
 
-  return base._replace(adapt=adapt, loss=loss, trajectory=trajectory)
+  return base._replace(adapt=adapt, loss=loss, trajectory=trajectory, predict_along=None)

@@ -98,13 +98,14 @@ def image_source(
       like that.
   """
   classes, images = len(table.names), shot + query_shot
+  where = 'config.data' if split == 'train' else 'config.eval'
   if way > classes:
-    raise UserError(f'way = {way}, but the {split} split has only {classes} classes: choose a smaller way')
+    raise UserError(f'way = {way}, but the {split} split has only {classes} classes: choose a smaller {where}.way')
   if (table.counts < images).any():
     c = int(table.counts.argmin())
     raise UserError(
       f'shot + query_shot = {images}, but class {table.names[c]} of the {split} split has only '
-      f'{table.counts[c]} images: choose a smaller shot or query_shot'
+      f'{table.counts[c]} images: choose a smaller {where}.shot or query_shot'
     )
   prepare, load = _loader(table, split, seed, placement, augment, normalize)
 
@@ -146,7 +147,14 @@ def batch_source(table: ClassTable, split, *, batch, seed, placement='device', a
   Args:
     batch: images.
     (others as in `image_source`)
+
+  Raises:
+    UserError: the images cannot be augmented or normalised like that.
   """
+  if 'rotate' in augment:
+    raise UserError(
+      f'config.data.augment = {augment}: rotate turns the classes of an episode, and batches know none; leave it out'
+    )
   prepare, load = _loader(table, split, seed, placement, augment, normalize)
   classes, ends = len(table.names), np.cumsum(table.counts)
 
