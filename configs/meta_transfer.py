@@ -5,7 +5,7 @@ r"""Meta-Transfer Learning (Sun, Liu, Chua & Schiele 2019), second phase, from t
 
 `hard`: meta-batches of hard tasks, which no code of theirs contains: after 10 random tasks 4 of the classes that were
 worst in these (numbers of the journal version, not confirmed), see `metajax.data.hard_tasks`. Recipes of the authors'
-two codes, with the network of the same code in both phases:
+two codes, with the network of the same code in both phases; the other of tensorflow is `model=resnet18_mtl`:
 
 - tensorflow: 20,000 meta-updates of two tasks; scales of 3x3 convolutions; 20 inner steps, with derivatives through all
   of them; in evaluation 100 and mirrored support images, and as many queries as shots. Theirs validates with 20 and
@@ -61,6 +61,7 @@ LEARN = ('ss', 'ss_last', 'ft', 'ft_last', 'head')
 LAST = {  # a network's last block
   'conv4': ('conv3', 'norm3'),
   'resnet12_mtl': ('block3',),
+  'resnet18_mtl': ('stage3_block0', 'stage3_block1'),
   'resnet25': tuple(f'stage2_block{j}' for j in range(4)),
 }
 LARGE = ('mini_imagenet', 'tiered_imagenet', 'cifar_fs', 'fc100')
@@ -133,6 +134,6 @@ def get_config(arg=None):
         config.data.crop = 80 / 92
   elif arg.data == 'omniglot':
     config.data.query_shot = config.eval.query_shot = 5
-  if config.model.name.startswith('resnet12'):
+  if config.model.name in ('resnet12', 'resnet12_mtl', 'resnet18_mtl'):
     config.model.dropout = 0.0  # pre-training's alone
   return config

@@ -7,9 +7,9 @@ Its workdir is what `--config.init_from` of configs/meta_transfer.py takes, or o
 is validated, and tested, by few-shot episodes: nearest class means of normalised features. Recipes of the authors' two
 codes:
 
-- tensorflow: ResNet-12 of 512 features, images of 84 pixels, dropout 0.1, batches of 64, Adam from 1e-3, halved every
-  5,000 meta-updates; 10,000 of them (theirs run on to 20,000 and take the weights in the middle). Their flipped copies
-  on disk are random flips here.
+- tensorflow: ResNet-12 of 512 features (`model=resnet18_mtl`: their ResNet-18, likewise, which makes images 224 pixels
+  large), images of 84 pixels, dropout 0.1, batches of 64, Adam from 1e-3, halved every 5,000 meta-updates; 10,000 of
+  them (theirs run on to 20,000 and take the weights in the middle). Their flipped copies on disk are random flips here.
 - pytorch: ResNet-25 of 640 features, images of 80 pixels, batches of 128, a hidden layer of 1,000 units, SGD with
   Nesterov momentum from 0.1, a fifth after every 30 of 110 epochs. Of mini- and tiered-ImageNet images are cut from the
   middle 80 of 92 pixels, where theirs are cut from all of them; those of CIFAR-100 are made 80 pixels large. Its author

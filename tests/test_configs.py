@@ -228,6 +228,12 @@ def test_what_the_ablation_of_meta_transfer_learns(learn, learner, only, inner):
   }
 
 
+@pytest.mark.parametrize('model', ['resnet12', 'resnet12_mtl', 'resnet18_mtl'])
+def test_networks_of_meta_transfer_have_dropout_in_pre_training_alone(model):
+  phases = [config_lib.load(f'{ROOT}/configs/{name}.py:model={model}') for name in ('pretrain', 'meta_transfer')]
+  assert [(config.model.name, config.model.dropout) for config in phases] == [(model, 0.1), (model, 0.0)]
+
+
 def test_prototypical_networks_step_sizes_by_epoch():
   """Those of the specification, (last epoch, step size) by 1-based epoch; an epoch of four tasks has 250 updates."""
 

@@ -10,7 +10,7 @@ import pytest
 
 from metajax import scale_shift
 from metajax.checkpoint import Checkpoints
-from metajax.models import conv4, convolution, mlp, resnet12, resnet12_mtl, resnet25
+from metajax.models import conv4, convolution, mlp, resnet12, resnet12_mtl, resnet18_mtl, resnet25
 from metajax.train import TrainState
 
 TINY = (2, 3, 4, 5)
@@ -56,6 +56,9 @@ def test_sizes_are_those_of_the_tensorflow_code():
   assert size(params) - size(kernels) - size(learned['shift']) == 172_224
   assert learned['scale']['block1']['conv0'].shape == (1, 1, 64, 128)
   assert size(learned_shapes(params)['scale']) == 868_544 + 172_224
+  learned = learned_shapes(shapes(resnet18_mtl.make(None), 84), shortcuts=False)
+  assert {kind: size(of_kind) for kind, of_kind in learned.items()} == {'scale': 1_220_800, 'shift': 3_904}
+  assert learned['scale']['stem'].shape == (1, 1, 3, 64)
 
 
 def test_convolutions_of_flax_are_known_by_their_names():

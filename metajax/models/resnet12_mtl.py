@@ -26,33 +26,38 @@ class ResNet12(nn.Module):
     """Maps images (n, h, w, c) to logits (n, num_outputs); without a head to features (n, widths[-1])."""
     layers.check_size(x, halvings=len(self.widths))
     for i, width in enumerate(self.widths):
-      x = ResidualBlock(width, name=f'block{i}')(x)
+      x = convolution.max_pool2x2(ResidualBlock(width, name=f'block{i}')(x))
       x = nn.Dropout(self.dropout)(x, deterministic=not self.has_rng('dropout'))
     x = x.mean(axis=(1, 2))
     return x if self.num_outputs is None else nn.Dense(self.num_outputs, kernel_init=_GLOROT, name='head')(x)
 
 
 class ResidualBlock(nn.Module):
-  """Three 3x3 convolutions with bias, normalisation and LeakyReLU beside a 1x1 convolution alone; their sum is pooled.
+  """3x3 convolutions with bias, normalisation and LeakyReLU, one after the other, plus a 1x1 convolution alone.
 
   Normalisation has no parameters: the original's has an offset that is never trained and stays 0. Statistics of the
   batch cancel the biases, and what shifts them (see `scale_shift`), up to rounding.
+
+  Attributes:
+    width: channels of the result.
+    convolutions: how many of 3x3.
   """
 
   width: int
+  convolutions: int = 3
 
   @nn.compact
   def __call__(self, x):
-    """Maps (n, h, w, c) to (n, h // 2, w // 2, width)."""
+    """Maps (n, h, w, c) to (n, h, w, width)."""
     kernel = self.param('shortcut', _GLOROT, (x.shape[-1], self.width))
     shortcut = jnp.matmul(*nn.dtypes.promote_dtype(x, kernel))
-    for i in range(3):
+    for i in range(self.convolutions):
       kernel = self.param(f'conv{i}', _GLOROT, (3, 3, x.shape[-1], self.width))
       bias = self.param(f'conv{i}_bias', nn.initializers.zeros, (self.width,))
       x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
       x = layers.BatchNorm(epsilon=1e-3, affine=False, name=f'norm{i}')(convolution.conv3x3(x, kernel) + bias)
       x = nn.leaky_relu(x, 0.1)
-    return convolution.max_pool2x2(x + shortcut)
+    return x + shortcut
 
 
 def make(num_outputs, *, widths=(64, 128, 256, 512), dropout=0.1):
