@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -32,6 +33,7 @@ def test_waiting_is_small_unless_batches_are_slow_to_make(tmp_path, monkeypatch,
 
   if slow:
     monkeypatch.setattr(pipeline, 'prefetch', slowly)
+  others = sum(x.nbytes for x in jax.live_arrays())  # what tests before have left
   result = benchmark.measure(config, tmp_path, 1.0)
-  assert result['steps'] >= 5 and result['device_bytes'] < 10**6
+  assert result['steps'] >= 5 and result['device_bytes'] - others < 10**6
   assert result['waiting'] > 0.8 if slow else result['waiting'] < 0.5

@@ -23,6 +23,7 @@ FILES = sorted(path.name for path in (ROOT / 'configs').glob('*.py'))
 SMALL = [
   '--config.total_steps=2',
   '--config.data.tasks=2',
+  '--config.data.query_shot=1',
   '--config.eval.episodes=2',
   '--config.eval.val_episodes=2',
 ]
@@ -44,7 +45,7 @@ def omniglot(folder):
   table.cache_dir().mkdir(exist_ok=True)
   job = {'fingerprint': '', 'superclasses': {}, 'splits': {}, 'notes': []}
   conversion.convert('omniglot-28', classes, lambda k: np.full((28, 28, 1), 10 * k, np.uint8), (28, 28, 1), job)
-  return ['--config.model.width=4']
+  return ['--config.model.width=5']
 
 
 def mini(folder):
@@ -58,7 +59,7 @@ def mini(folder):
     }
     with open(folder / f'mini-imagenet-cache-{split}.pkl', 'wb') as file:
       pickle.dump(data, file, protocol=2)
-  return ['--config.model.width=4']
+  return ['--config.model.width=5', '--config.data.size=16']
 
 
 def images(folder):
@@ -68,7 +69,7 @@ def images(folder):
     for i in range(6):
       pixels = rng.integers(256, size=(20, 30, 3), dtype=np.uint8)
       Image.fromarray(pixels).save(folder / 'mine' / f'class {k}' / f'{i}.png')
-  small = ['--config.model.width=4', '--config.data.size=20', '--config.data.fractions=(0.34, 0.33, 0.33)']
+  small = ['--config.model.width=5', '--config.data.size=16', '--config.data.fractions=(0.34, 0.33, 0.33)']
   return ['--config.data.path=mine', *small]
 
 

@@ -260,7 +260,8 @@ def test_file_that_is_there_stays(server, tmp_path, monkeypatch):
   assert (tmp_path / 'x.zip').read_text() == 'mine' and names(tmp_path) == ['x.zip'] and not server.requests
 
 
-def test_connection_kept_open_is_no_stall(server, tmp_path, impatient):
+def test_connection_kept_open_is_no_stall(server, tmp_path, monkeypatch):
+  monkeypatch.setattr(download, '_TIMEOUT', 2)
   fetch(server, tmp_path, 'kept-open', sha256=SHA256)
   assert len(server.requests) == 1
 

@@ -267,14 +267,17 @@ def test_phases_have_the_order_and_the_steps_of_their_epochs(multi_step_epochs, 
 
 def test_training_passes_from_phase_to_phase_and_resumes_between_them_to_the_bit(cache, tmp_path):
   settings = (
-    *('--config.model.width=2', '--config.eval.val_episodes=4', '--config.eval.inner_steps=2', '--mode=train'),
-    *('--config.algorithm.name=mamlpp', '--config.algorithm.inner_steps=2', '--config.algorithm.batch_norm=running'),
-    *('--config.algorithm.per_step_statistics=True',),
-    *(
-      '--config.algorithm.epoch=2',
-      '--config.algorithm.multi_step_epochs=2',
-      '--config.algorithm.first_order_epochs=1',
-    ),
+    '--mode=train',
+    '--config.model.name=tests.one_block',
+    '--config.algorithm.name=mamlpp',
+    '--config.algorithm.inner_steps=2',
+    '--config.algorithm.batch_norm=running',
+    '--config.algorithm.per_step_statistics=True',
+    '--config.algorithm.epoch=2',
+    '--config.algorithm.multi_step_epochs=2',
+    '--config.algorithm.first_order_epochs=1',
+    '--config.eval.val_episodes=4',
+    '--config.eval.inner_steps=2',
   )
 
   def run(name, steps):
