@@ -5,6 +5,7 @@ python -m metajax.compare RUN RUN ... [--markdown=FILE] [--csv=FILE] [--figure=F
   RUN          DIR, NAME=DIR, or NAME=DIR1,DIR2,DIR3 for several seeds of one method: workdirs, a row of the table;
                the others are compared with the first
   --episodes   how many test episodes; by default as many as the runs' configs say
+  --config.eval.KEY=VALUE   evaluate all runs with another setting, such as --config.eval.head=ridge
   --last       compare the runs' last checkpoints instead of their best by validation; then without ensembles
   --data_dir   where archives of data sets lie or go; $METAJAX_DATA, else ~/metajax_data
   --mixed      compare runs of different protocols too: episodes, way, shot, batch norm and so on
@@ -26,6 +27,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,8 +88,8 @@ class Row(NamedTuple):
 def main(argv):
   """Runs a command line; returns the exit status."""
   set_up()
-  options, named = parse(argv)
-  configs = {folder: _config(folder, options.episodes) for folders in named.values() for folder in folders}
+  options, named, overrides = parse(argv)
+  configs = {folder: _config(folder, overrides) for folders in named.values() for folder in folders}
   parallel.use_cores(min(config.eval.episodes for config in configs.values()))
   settings = {folder: report.protocol(config) for folder, config in configs.items()}
   _check(settings, named, options.mixed)  # before anything is evaluated
@@ -102,7 +104,11 @@ def main(argv):
 
 
 def parse(argv):
-  """Splits a command line into flags with their defaults filled in, and {name: workdirs} in the order of the rows."""
+  """Splits a command line: flags with defaults, {name: workdirs} in the order of the rows, overrides of configs."""
+  overrides = [arg for arg in argv if re.match(r'--?(no)?config\.', arg)]
+  for override in overrides:
+    if not re.match(r'--?(no)?config\.eval\.', override):
+      raise UserError(f'command line: {override}: the runs are trained, only settings of config.eval can be others')
   values = flags.FlagValues()
   for name in ('data_dir', 'markdown', 'csv', 'figure'):
     flags.DEFINE_string(name, None, '', flag_values=values)
@@ -111,7 +117,7 @@ def parse(argv):
     flags.DEFINE_bool(name, False, '', flag_values=values)
   flags.DEFINE_bool('help', False, '', short_name='h', flag_values=values)
   try:
-    rest = values(argv)[1:]
+    rest = values([arg for arg in argv if arg not in overrides])[1:]
   except flags.Error as error:
     raise UserError(f'command line: {first_line(error)}') from None
   if values.help:
@@ -132,7 +138,9 @@ def parse(argv):
   if len(named) < 2:
     raise UserError('command line: two workdirs at least are needed, as in python -m metajax.compare runs/a runs/b')
   values.data_dir = data_folder(values.data_dir)
-  return values, named
+  if values.episodes is not None:
+    overrides.append(f'--config.eval.episodes={values.episodes}')
+  return values, named, overrides
 
 
 def _name_and_folders(argument):
@@ -151,11 +159,10 @@ def _name_and_folders(argument):
   return name, folders
 
 
-def _config(folder, episodes):
+def _config(folder, overrides):
   if not (Path(folder) / 'config.json').exists():
     raise UserError(f'{folder} holds no run (no config.json): train first, or name another folder')
-  config = workdir_lib.read_config(folder)
-  return config if episodes is None else config_lib.override(config, [f'--config.eval.episodes={episodes}'])
+  return config_lib.override(workdir_lib.read_config(folder), overrides)
 
 
 def read(folder, config, data_dir, last=False):

@@ -307,7 +307,7 @@ def test_names_and_folders(make, capsys, monkeypatch, tmp_path):
     ('./x/', ('x', ['./x/'])),
     ('runs/absent-way=5', ('absent-way=5', ['runs/absent-way=5'])),
   ]:
-    _, named = compare.parse(['compare', argument, str(make(f'other {argument.replace("/", "")}', [0.5]))])
+    _, named, _ = compare.parse(['compare', argument, str(make(f'other {argument.replace("/", "")}', [0.5]))])
     assert next(iter(named.items())) == expected
 
 
@@ -326,6 +326,9 @@ def test_errors_of_the_command_line(make, tmp_path, capsys):
     ([a, f'n={tmp_path}/none,{b}'], f'{tmp_path}/none holds no run'),
     ([a, untrained], f'{untrained} holds no checkpoint to evaluate, and there is no test_episodes.json: train first'),
     ([a, b, '--episodes=5'], 'test_episodes.json has 4 of 5 episodes'),
+    ([a, b, '--config.eval.inner_steps=3'], 'and test_episodes.json is of another inner_steps: train first'),
+    ([a, b, '--config.eval.shot=2', '--config.seed=1'], '--config.seed=1: the runs are trained, only settings of'),
+    ([a, b, '--config.eval.haed=ridge'], "config.eval has no setting 'haed'; did you mean 'head'?"),
     ([a, damaged], 'config.json is damaged'),
     ([a, a], 'the same folder'),
     ([a, f'{tmp_path}/./a/'], 'the same folder'),
