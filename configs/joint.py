@@ -67,8 +67,7 @@ def get_config(arg=None):
     config.data.update(augment=('crop', 'jitter', 'flip'), normalize='metaoptnet_mini')
   elif arg.data in ('cifar_fs', 'fc100'):
     config.data.update(augment=('crop', 'jitter', 'flip'), normalize='rfs_cifar')
-  elif arg.data in ('omniglot', 'glyphs'):  # which have 20 images of a class
+  elif arg.data in ('omniglot', 'glyphs'):  # of 20 images a class, and many classes
     config.eval.query_shot = 5
-    if arg.data == 'omniglot':
-      config.algorithm.row_scale = 1.0  # of its 4,112 classes
+    config.algorithm.row_scale = 1.0
   return config
