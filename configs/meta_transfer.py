@@ -30,8 +30,9 @@ Published, 5-way accuracy in %, 600 episodes; the first three columns with ResNe
 The PyTorch code's author had 61.83 +- 0.79 and 78.10 +- 0.62 on mini-ImageNet in a later run. FC100's images are made
 as large as the network's. Costs were not published.
 
-`learn=...`: what is learned of the network, beside the head, in the paper's ablation, with ResNet-12 and without hard
-tasks (only the last row, and the first number of those that begin with ft, are confirmed):
+`learn=...`: what is learned of the network, beside the head, in the paper's ablation, with ResNet-12 and, but for the
+last row, without hard tasks (confirmed are only `ss`, `ft,hard` and, on mini-ImageNet 1-shot, the other three that are
+meta-learned by ft or the head alone):
 
 | | mini 1 | mini 5 | FC100 1 | FC100 5 | FC100 10 |
 | --- | --- | --- | --- | --- | --- |
