@@ -346,7 +346,7 @@ def test_table_over_seeds(started, tmp_path, capsys):
 
   words = shlex.split(output.splitlines()[-1].removeprefix('differences: '))
   assert words[:3] == ['python', '-m', 'metajax.compare']
-  options, named = compare.parse(words[2:])
+  options, named, _ = compare.parse(words[2:])
   assert options.mixed and named == {
     f'shot:{shot}': [cell.workdir for cell in cells[:-1] if cell.config.data.shot == shot] for shot in (1, 2)
   }
