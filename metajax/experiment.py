@@ -31,6 +31,7 @@ class Experiment(NamedTuple):
   hard: hard_tasks.HardTasks | None = None  # None where all tasks of training are random
 
 
+_NO_HEAD_C = None, 1.0  # the second in configs that runs kept when it was the default
 _COUNTS = (
   *('data.tasks', 'data.group', 'data.shot', 'data.query_shot'),
   *('eval.episodes', 'eval.val_episodes'),
@@ -90,7 +91,7 @@ def make(config, data_dir, needed=('train', 'test'), *, validated=True):
     raise UserError(str(error).replace('config.algorithm:', 'config.eval:', 1)) from error
   if config.eval.head:
     evaluation = with_head(config, evaluation, objective, way)
-  elif config.eval.head_c is not None or not config.eval.head_normalize:
+  elif config.eval.head_c not in _NO_HEAD_C or not config.eval.head_normalize:
     raise UserError('config.eval.head_c and head_normalize are of the head that config.eval.head names: name one')
   example = np.zeros(shapes.support.inputs.shape[1:], np.float32)
   if not regression and way > config.data.way:
@@ -133,7 +134,7 @@ def with_head(config, algorithm, objective, way):
     raise UserError('config.eval.head: heads are of classes, and regression has none')
   if algorithm.embedding is None:
     raise UserError(f'config.eval.head: {config.algorithm.name} with these settings has no embedding to fit a head to')
-  if config.eval.head_c is not None and config.eval.head not in heads.WITH_C:
+  if config.eval.head_c not in _NO_HEAD_C and config.eval.head not in heads.WITH_C:
     raise UserError(f'config.eval.head_c: {config.eval.head} has no c, only {" and ".join(heads.WITH_C)} have one')
   try:
     head = heads.make(config.eval.head, c=config_lib.head_c(config), normalize=config.eval.head_normalize)
