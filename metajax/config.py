@@ -58,7 +58,7 @@ _EVAL = dict(
   query_shot=int,
   augment=(),  # of validation and test: none unless asked for, whatever training has
   head='',  # fitted to the features of the support images in place of the learner's own way, see `metajax.heads`
-  head_c=float,  # its c, if it has one: by default the algorithm's head_c, else 1
+  head_c=float,  # its c, if it has one: by default the algorithm's where it has that head, else 1
   head_normalize=True,  # whether it sees features of length 1
   last=False,  # the last checkpoint as well as the best by validation: numbers of its own
   ensemble=0,  # of so many of the best checkpoints by validation, the mean of their outputs: a number of its own
@@ -199,8 +199,10 @@ def get(config, name):
 
 
 def head_c(config):
-  """The c of the head that `config.eval` names."""
-  return config.algorithm.get('head_c', 1.0) if config.eval.head_c is None else config.eval.head_c
+  """The c of the head that `config.eval` names: by default the algorithm's, where it has that head, else 1."""
+  if config.eval.head_c is not None:
+    return config.eval.head_c
+  return config.algorithm.get('head_c', 1.0) if config.eval.head == config.algorithm.get('head') else 1.0
 
 
 def differences(a, b):

@@ -159,3 +159,18 @@ def test_another_algorithm_takes_the_old_one_s_inner_loop_out_of_evaluation():
   assert config.eval.inner_steps == 2
   assert config_lib.override(config, ['--config.algorithm.name=protonet']).eval.inner_steps is None
   assert config_lib.override(config, ['--config.algorithm.name=anil']).eval.inner_steps == 2
+
+
+@pytest.mark.parametrize(
+  ('settings', 'c'),
+  [
+    (['--config.eval.head=logistic_regression'], 3),
+    (['--config.eval.head=ridge'], 1),
+    (['--config.eval.head=ridge', '--config.eval.head_c=2'], 2),
+    (['--config.algorithm.head=ridge', '--config.eval.head=ridge'], 3),
+  ],
+)
+def test_a_head_has_the_c_of_the_algorithm_s_own_one(settings, c):
+  own = ['--config.algorithm.name=classifier', '--config.algorithm.head_c=3']
+  config = config_lib.override(config_lib.load(TINY), [*own, *settings])
+  assert config_lib.head_c(config) == c
