@@ -158,7 +158,7 @@ def _logistic_regression(features, targets, way, c):
     moved = weights + _STEP_SIZES[:, None, None, None] * direction  # by all sizes: logits are linear in the weights
     values = objective(moved[:, 0], moved[:, 1])
     best = values <= jnp.min(values) + 1e-6 * values[-1]  # as far as float32 can tell
-    return at(count + 1, moved[jnp.argmax(best)])
+    return at(count + 1, pair(moved[jnp.argmax(best), 0]))  # its image anew: rounding adds up in a sum of images
 
   def at(count, weights):
     gradient = pair(derivative(weights[0], jax.nn.softmax(logits(weights[1])) - labels))
