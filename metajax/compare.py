@@ -27,7 +27,6 @@ import contextlib
 import csv
 import io
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,9 +104,9 @@ def main(argv):
 
 def parse(argv):
   """Splits a command line: flags with defaults, {name: workdirs} in the order of the rows, overrides of configs."""
-  overrides = [arg for arg in argv if re.match(r'--?(no)?config\.', arg)]
+  overrides = config_lib.overrides(argv)
   for override in overrides:
-    if not re.match(r'--?(no)?config\.eval\.', override):
+    if not config_lib.key_of(override).startswith('eval.'):
       raise UserError(f'command line: {override}: the runs are trained, only settings of config.eval can be others')
   values = flags.FlagValues()
   for name in ('data_dir', 'markdown', 'csv', 'figure'):

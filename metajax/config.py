@@ -165,7 +165,7 @@ def override(config, arguments):
           config['eval'].update({key: None for key in OF_INNER_LOOP if key not in known})
   config = complete(config)
   for argument in arguments:
-    _check_key(config, re.sub(r'^--?(no)?config\.', '', argument.partition('=')[0]))
+    _check_key(config, key_of(argument))
   values = flags.FlagValues()
   try:
     config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=['', *arguments])
@@ -173,6 +173,19 @@ def override(config, arguments):
   except (flags.Error, TypeError, ValueError) as error:
     raise UserError(f'command line: {first_line(error)}') from error
   return complete(values.config)
+
+
+def overrides(argv):
+  """The arguments of a command line that `override` takes: --config.KEY=VALUE, and --noconfig.KEY."""
+  return [argument for argument in argv if _OVERRIDE.match(argument)]
+
+
+def key_of(argument):
+  """The dotted KEY of such an argument."""
+  return _OVERRIDE.sub('', argument.partition('=')[0])
+
+
+_OVERRIDE = re.compile(r'^--?(no)?config\.')
 
 
 def call(function, config, group, *supplied, **more):

@@ -19,7 +19,6 @@ import errno
 import functools
 import logging
 import os
-import re
 import sys
 import traceback
 from pathlib import Path
@@ -108,7 +107,7 @@ def explaining(main):
 
 def parse(argv):
   """Splits a command line into flags with their defaults filled in, and the overrides of the config."""
-  overrides = [arg for arg in argv if re.match(r'--?(no)?config\.', arg)]
+  overrides = config_lib.overrides(argv)
   values = flags.FlagValues()
   for name in ('config', 'workdir', 'data_dir', 'coordinator'):
     flags.DEFINE_string(name, None, '', flag_values=values)

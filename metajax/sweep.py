@@ -76,7 +76,7 @@ def main(argv):
 
 def parse(argv):
   """Splits a command line into flags with their defaults filled in, the grid's {key: [value]}, and the overrides."""
-  fixed = [arg for arg in argv if re.match(r'--?(no)?config\.', arg)]
+  fixed = config_lib.overrides(argv)
   values = flags.FlagValues()
   for name in ('config', 'workdir', 'data_dir', 'markdown', 'csv'):
     flags.DEFINE_string(name, None, '', flag_values=values)
@@ -106,7 +106,7 @@ def parse(argv):
 
 def _axes(texts, config, fixed):
   """Reads the grid from KEY=VALUE,VALUE; nothing may be named twice, or be given for all cells as well."""
-  given = {re.sub(r'^--?(no)?config\.', '', arg.partition('=')[0]) for arg in fixed}
+  given = {config_lib.key_of(arg) for arg in fixed}
   given |= {item.partition('=')[0] for item in config.partition(':')[2].split(',')}
   axes = {}
   for text in texts:
