@@ -25,7 +25,8 @@ def load(data_dir, *, size=28, channels=1, classes=64, images=38_400):
         file.write(rng.bytes(int(count) * size * size * channels))
   with path.open('rb') as file:
     os.fsync(file.fileno())
-    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if hasattr(os, 'posix_fadvise'):  # Linux alone
+      os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
   names = tuple(str(k) for k in range(classes))
   rows = np.load(path, mmap_mode='r')
   return {'train': ClassTable(rows, np.cumsum(counts) - counts, counts, np.zeros(classes, np.int8), names)}

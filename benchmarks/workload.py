@@ -3,7 +3,6 @@
 import argparse
 import functools
 import json
-import os
 import platform
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax import evaluate, keys, losses, optimizers, parallel, train
+from metajax import evaluate, keys, losses, optimizers, parallel, system, train
 from metajax import experiment as experiment_lib
 from metajax.algorithms import maml
 from metajax.data.episodes import Source
@@ -223,7 +222,7 @@ def environment():
     'python': platform.python_version(),
     'device': f'{jax.local_device_count()} x {jax.devices()[0].device_kind}',
     'processor': _processor(),
-    'cores': len(os.sched_getaffinity(0)),
+    'cores': system.cores(),
     'date': time.strftime('%Y-%m-%d'),
   }
 

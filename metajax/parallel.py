@@ -12,13 +12,13 @@ import contextlib
 import functools
 import math
 import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from metajax import system
 from metajax.errors import UserError
 
 _AXIS = 'devices'
@@ -55,16 +55,7 @@ def use_cores(tasks):
   flag = 'xla_force_host_platform_device_count'
   if 'JAX_NUM_CPU_DEVICES' not in os.environ and flag not in os.environ.get('XLA_FLAGS', ''):
     with contextlib.suppress(RuntimeError):  # in use already, by whoever called this as a library
-      jax.config.update('jax_num_cpu_devices', max(1, min(_cores(), tasks)))
-
-
-def _cores():
-  """How many cores this process may use: a container's share can be less than what it sees."""
-  cores = len(os.sched_getaffinity(0))
-  with contextlib.suppress(OSError, ValueError):
-    quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
-    cores = min(cores, math.ceil(int(quota) / int(period)))  # 'max' is none
-  return cores
+      jax.config.update('jax_num_cpu_devices', max(1, min(system.cores(), tasks)))
 
 
 def own_tasks(tasks, chunk):

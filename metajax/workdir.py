@@ -1,11 +1,12 @@
 """The folder of one run: one process at a time, one config for good."""
 
 import contextlib
-import fcntl
 import os
+import platform
 from pathlib import Path
 
 from metajax import config as config_lib
+from metajax import system
 from metajax.errors import UserError, first_line
 from metajax.files import write_atomically
 
@@ -34,15 +35,15 @@ def locked(workdir, name='.lock'):
     raise UserError(f'--workdir: cannot write to {workdir} ({error.strerror}): choose another') from None
   with file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      file.seek(0)
-      holder = file.read().strip() or 'another process'
-      raise UserError(f'--workdir: {workdir} is in use by {holder}: wait for it, or choose another workdir') from None
+      held = system.try_lock(file)
     except OSError as error:
       raise UserError(f'--workdir: {workdir} cannot be locked ({error.strerror}): choose a local folder') from None
+    if not held:
+      file.seek(0)
+      holder = file.read().strip() or 'another process'
+      raise UserError(f'--workdir: {workdir} is in use by {holder}: wait for it, or choose another workdir')
     file.truncate(0)
-    file.write(f'process {os.getpid()} on {os.uname().nodename}')
+    file.write(f'process {os.getpid()} on {platform.node()}')
     file.flush()
     yield
 

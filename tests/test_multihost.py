@@ -60,7 +60,7 @@ def pair(cache, *arguments):
   return [start(*arguments, *flags, f'--process_id={k}', **environment(cache)) for k in range(2)]
 
 
-def ends(run, seconds=100):
+def ends(run, seconds=400):
   """(exit status, output, errors) of each process; none of them outlives a test that fails."""
   try:
     return [(process.wait(seconds), *process.communicate()) for process in run]
@@ -92,7 +92,7 @@ def steps_done(workdir):
 
 
 def wait_for_steps(workdir, count, run):
-  deadline = time.monotonic() + 120
+  deadline = time.monotonic() + 400
   while steps_done(workdir) < count:
     assert time.monotonic() < deadline and all(process.poll() is None for process in run)
     time.sleep(0.05)
@@ -204,7 +204,7 @@ def test_sigterm_to_one_process_ends_all_at_one_step(shared_cache, tmp_path):
 
 def test_a_refusal_by_process_0_ends_both_with_one_line(two, shared_cache):
   run = local_sh(shared_cache, *SETTINGS, f'--workdir={two[0]}', '--config.seed=1')
-  [(status, output, errors)] = ends([run], seconds=60)
+  [(status, output, errors)] = ends([run])
   assert status == 2 and lines_of(output) == []
   assert errors.count('\n') == 1 and errors.startswith('metajax: ') and 'seed differs' in errors
 
@@ -333,6 +333,17 @@ def test_wrong_flags_end_with_one_line(capsys):
   assert main.main(['metajax', f'--config={TINY}', '--coordinator=a:1', '--num_processes=2', '--process_id=5']) == 2
   assert main.main(['metajax', f'--config={TINY}', '--num_processes=two']) == 2
   assert capsys.readouterr().err.count('\n') == 2
+
+
+def test_a_port_in_use_is_told_at_once(shared_cache):
+  with socket.socket() as holder:
+    holder.bind(('127.0.0.1', 0))
+    holder.listen()
+    port = holder.getsockname()[1]
+    flags = f'--coordinator=127.0.0.1:{port}', '--num_processes=2', '--process_id=0'
+    [(status, output, errors)] = ends([start(*SETTINGS, *flags, **environment(shared_cache))])
+  assert (status, output) == (2, '')
+  assert errors.count('\n') == 1 and f'cannot listen at port {port} (Address already in use)' in errors
 
 
 @pytest.mark.parametrize(

@@ -196,18 +196,6 @@ def test_automatic_chunks_are_small_on_a_cpu_and_elsewhere_as_large_as_memory_al
   assert parallel.chunk_size('auto', 12, elements) == expected
 
 
-@pytest.mark.parametrize(('quota', 'expected'), [('max 100000', 8), ('250000 100000', 3), (None, 8)])
-def test_cores_are_at_most_a_container_s_share(monkeypatch, quota, expected):
-  def read(path):
-    if quota is None:
-      raise FileNotFoundError(path)
-    return f'{quota}\n'
-
-  monkeypatch.setattr(parallel.Path, 'read_text', read)
-  monkeypatch.setattr(parallel.os, 'sched_getaffinity', lambda _: range(8))
-  assert parallel._cores() == expected
-
-
 @pytest.mark.parametrize('chunk', [0, -1, 'all'])
 def test_a_chunk_that_is_no_number_of_tasks_is_refused(chunk):
   with pytest.raises(UserError, match=f'config.chunk.*{chunk}'):

@@ -11,13 +11,13 @@ import json
 import os
 import pathlib
 import re
-import resource
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from metajax import system
 from metajax.data import images
 from metajax.data.table import locked
 from metajax.errors import UserError, first_line
@@ -202,15 +202,11 @@ class _TfRecords:
 def _allow_open_files(files, where):
   """Raises the limit of open files, since array_record closes none: ImageNet has 1088 and the usual limit is 1024."""
   needed = files + _SPARE_FILES
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  if soft != resource.RLIM_INFINITY and soft < needed:
-    try:
-      resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-    except ValueError as error:
-      raise UserError(
-        f'{where} has {files} files, which stay open together, but this process may open only {hard}: '
-        f'raise the limit to {needed} with ulimit -n'
-      ) from error
+  if limit := system.allow_open_files(needed):
+    raise UserError(
+      f'{where} has {files} files, which stay open together, but this process may open only {limit}: '
+      f'raise the limit to {needed} with ulimit -n'
+    )
 
 
 def _records(examples, wanted, label):

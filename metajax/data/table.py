@@ -5,7 +5,6 @@ A table is the folder `<cache_dir()>/<key>/` with `images.npy` (uint8 (rows, h, 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metajax import system
 from metajax.errors import first_line
 
 _log = logging.getLogger(__name__)
@@ -122,10 +122,7 @@ def gather(images, rows):
     (..., h, w, c) uint8.
   """
   if isinstance(images.base, mmap.mmap):
-    start, size = images.offset % mmap.ALLOCATIONGRANULARITY, images.strides[0]  # the map begins at a whole page
-    for first in (start + rows.ravel().astype(np.int64) * size).tolist():
-      page = first - first % mmap.PAGESIZE
-      images.base.madvise(mmap.MADV_WILLNEED, page, first + size - page)
+    system.read_ahead(images, rows)
   return images[rows]
 
 
@@ -152,10 +149,9 @@ def locked(path):
   with open(path, 'ab') as file:
     held = True
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      _log.info('waiting for another process to finish with %s', path)
-      fcntl.flock(file, fcntl.LOCK_EX)
+      if not system.try_lock(file):
+        _log.info('waiting for another process to finish with %s', path)
+        system.lock(file)
     except OSError:  # some network file systems
       held = False
     yield held

@@ -1,0 +1,108 @@
+"""What differs between Linux, macOS and Windows, behind one function each."""
+
+import contextlib
+import errno
+import math
+import mmap
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+try:
+  import fcntl
+except ImportError:  # Windows
+  fcntl = None
+try:
+  import msvcrt
+except ImportError:  # everywhere else
+  msvcrt = None
+try:
+  import resource
+except ImportError:  # Windows
+  resource = None
+
+_LOCKED_BYTE = 2**30  # Windows locks bytes, and nobody else can read those: this one lies behind all text
+_WAIT_SECONDS = 0.2
+
+
+def try_lock(file):
+  """Locks an open file until it is closed, however the process ends.
+
+  Args:
+    file: opened for writing.
+
+  Returns:
+    True, or at once False if another process holds the lock.
+
+  Raises:
+    OSError: the file system, or the platform, has no locks.
+  """
+  if fcntl:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return False
+    return True
+  if msvcrt:
+    position = file.tell()
+    file.seek(_LOCKED_BYTE)
+    try:
+      msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+      if error.errno in (errno.EACCES, errno.EDEADLK):
+        return False
+      raise
+    finally:
+      file.seek(position)
+    return True
+  raise OSError(errno.ENOTSUP, 'this platform has no file locks')
+
+
+def lock(file):
+  """Like `try_lock`, but waits for the process that holds the lock."""
+  while not try_lock(file):
+    time.sleep(_WAIT_SECONDS)
+
+
+def cores():
+  """How many CPU cores this process may use; a container's share can be smaller than what it sees."""
+  usable = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+  with contextlib.suppress(OSError, ValueError):  # Linux alone has this file; 'max' means no limit
+    quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
+    usable = min(usable, math.ceil(int(quota) / int(period)))
+  return usable
+
+
+def allow_open_files(needed):
+  """Raises this process's limit of open files to `needed` if it is lower.
+
+  Returns:
+    None, or the limit if the system does not allow more.
+  """
+  if resource is None:  # Windows has no such limit
+    return None
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  if soft == resource.RLIM_INFINITY or soft >= needed:
+    return None
+  try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+  except ValueError:
+    return hard
+  return None
+
+
+def read_ahead(images, rows):
+  """Asks the disk for rows of a memory map, all at once and nothing else; does nothing where it cannot be asked.
+
+  Args:
+    images: (rows, ...) memory map of a whole file.
+    rows: (...) integers.
+  """
+  if not hasattr(mmap, 'MADV_WILLNEED'):  # Windows
+    return
+  start, size = images.offset % mmap.ALLOCATIONGRANULARITY, images.strides[0]  # the map begins at a whole page
+  for first in (start + rows.ravel().astype(np.int64) * size).tolist():
+    page = first - first % mmap.PAGESIZE
+    images.base.madvise(mmap.MADV_WILLNEED, page, first + size - page)
