@@ -1,7 +1,7 @@
 r"""Joint multi-task training, "Bridging Multi-Task Learning and Meta-Learning" (Wang, Zhao & Li 2021).
 
-    python -m metajax.main --config=configs/joint.py:data=mini_imagenet,shot=5
-    python -m metajax.main --config=configs/joint.py:data=omniglot,model=conv4,epochs=2 --data_dir=DIR
+    metajax train --config=joint:data=mini_imagenet,shot=5
+    metajax train --config=joint:data=omniglot,model=conv4,epochs=2 --data_dir=DIR
 
 ResNet-12 and a row for each training class; tasks are 5-way, and at test a logistic regression (C = 3) is fitted to
 normalised features. Both the best checkpoint by validation and the last one are tested: the authors' code tests the

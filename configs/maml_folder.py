@@ -1,6 +1,6 @@
 r"""MAML, Conv4-32, on your own images: a folder of class/image, or of split/class/image.
 
-    python -m metajax.main --config=configs/maml_folder.py:way=5,shot=1 --config.data.path=FOLDER
+    metajax train --config=maml_folder:way=5,shot=1 --config.data.path=FOLDER
 
 FOLDER is looked up in --data_dir unless it is absolute. Images are resized once, to `data.size` pixels.
 """

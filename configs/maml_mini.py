@@ -1,6 +1,6 @@
 r"""MAML, Conv4-32, mini-ImageNet (Finn et al. 2017, Table 1: 5-way 1-shot 48.70 +- 1.84 %, 5-shot 63.11 +- 0.92 %).
 
-    python -m metajax.main --config=configs/maml_mini.py:way=5,shot=1 --data_dir=DIR
+    metajax train --config=maml_mini:way=5,shot=1 --data_dir=DIR
 
 DIR holds mini-imagenet-cache-{train,val,test}.pkl, or folders of images: README, "Data". 5 inner steps in training and
 10 at test, 15 queries a class, 4 tasks (1-shot) or 2 (5-shot) a meta-update, as in the paper's code. Nobody has run it

@@ -2,8 +2,8 @@ r"""MAML, strided Conv4-64, Omniglot.
 
 Finn et al. 2017, Table 1: 5-way 98.7 +- 0.4 % (1-shot), 99.9 +- 0.1 % (5-shot); 20-way 95.8 +- 0.3, 98.9 +- 0.2 %.
 
-    python -m metajax.main --config=configs/maml_omniglot.py:way=5,shot=1
-    python -m metajax.main --config=configs/maml_omniglot.py:way=20,shot=1
+    metajax train --config=maml_omniglot:way=5,shot=1
+    metajax train --config=maml_omniglot:way=20,shot=1
 
 Inner steps, step sizes and tasks as in appendix A.1 of the paper; as many queries as shots, as in its code. A fifth of
 its 60,000 meta-updates, with a cosine schedule from a step size twice as large. Classes: the split of Vinyals et al.

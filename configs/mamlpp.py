@@ -1,8 +1,8 @@
 r"""MAML++ (Antoniou, Edwards & Storkey 2019), its baseline, and its parts alone.
 
-    python -m metajax.main --config=configs/mamlpp.py:way=20,shot=1
-    python -m metajax.main --config=configs/mamlpp.py:data=mini_imagenet,way=5,shot=1 --data_dir=DIR
-    python -m metajax.sweep --config=configs/mamlpp.py --over method=maml,multi_step,lslr,mamlpp seed=0,1,2
+    metajax train --config=mamlpp:way=20,shot=1
+    metajax train --config=mamlpp:data=mini_imagenet,way=5,shot=1 --data_dir=DIR
+    metajax sweep --config=mamlpp --over method=maml,multi_step,lslr,mamlpp seed=0,1,2
 
 Published, of ensembles of the best checkpoints, mean over 3 seeds: Omniglot 5-way 99.47 % (1-shot) and 99.85 (5-shot),
 20-way 97.65 and 99.33; mini-ImageNet 5-way 52.15 +- 0.26 and 68.32 +- 0.44. A user's runs of the authors' code had

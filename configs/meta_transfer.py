@@ -1,6 +1,6 @@
 r"""Meta-Transfer Learning (Sun, Liu, Chua & Schiele 2019), second phase, from the pre-training of configs/pretrain.py.
 
-    python -m metajax.main --config=configs/meta_transfer.py:data=mini_imagenet,shot=1,code=tensorflow,hard \
+    metajax train --config=meta_transfer:data=mini_imagenet,shot=1,code=tensorflow,hard \
       --config.init_from=runs/pretrained
 
 `hard`: meta-batches of hard tasks, which no code of theirs contains: after 10 random tasks 4 of the classes that were

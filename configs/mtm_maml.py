@@ -2,8 +2,8 @@ r"""MAML with weighted tasks: multi-task modification, MTM (Boiarov, Khabarlak &
 
 A baseline, then an MTM run from its best weights for 4,000 meta-updates, as in the recipes of the authors' code:
 
-    python -m metajax.main --config=configs/mtm_maml.py:data=mini_imagenet,way=2,shot=1 --workdir=runs/mini
-    python -m metajax.main --config=configs/mtm_maml.py:data=mini_imagenet,way=2,shot=1,method=spsa_track \
+    metajax train --config=mtm_maml:data=mini_imagenet,way=2,shot=1 --workdir=runs/mini
+    metajax train --config=mtm_maml:data=mini_imagenet,way=2,shot=1,method=spsa_track \
       --config.init_from=runs/mini --workdir=runs/mini_spsa_track
 
 `launch/mtm.sh configs/mtm_maml.py data=cifar_fs,way=5,shot=1` does all methods. The authors' recipes are

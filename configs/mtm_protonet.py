@@ -2,9 +2,9 @@ r"""Prototypical networks with weighted tasks: multi-task modification, MTM (Boi
 
 Here a task of a meta-batch is the mean over 8 episodes. Twenty epochs without weighting, then forty with it:
 
-    python -m metajax.main --config=configs/mtm_protonet.py:data=mini_imagenet,model=resnet12,method=pretrain \
+    metajax train --config=mtm_protonet:data=mini_imagenet,model=resnet12,method=pretrain \
       --workdir=runs/mini
-    python -m metajax.main \
+    metajax train \
       --config=configs/mtm_protonet.py:data=mini_imagenet,model=resnet12,method=spsa_track,tasks=2 \
       --config.init_from=runs/mini --workdir=runs/mini_spsa_track
 

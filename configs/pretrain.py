@@ -1,7 +1,7 @@
 r"""A plain classifier over all training classes: the first phase of Meta-Transfer Learning (Sun et al. 2019).
 
-    python -m metajax.main --config=configs/pretrain.py:data=mini_imagenet,code=tensorflow --workdir=runs/pretrained
-    python -m metajax.main --config=configs/pretrain.py:data=omniglot,model=conv4,steps=2000 --data_dir=DIR
+    metajax train --config=pretrain:data=mini_imagenet,code=tensorflow --workdir=runs/pretrained
+    metajax train --config=pretrain:data=omniglot,model=conv4,steps=2000 --data_dir=DIR
 
 Its workdir is what `--config.init_from` of configs/meta_transfer.py takes, or of any learner with the same network. It
 is validated, and tested, by few-shot episodes: nearest class means of normalised features. Recipes of the authors' two

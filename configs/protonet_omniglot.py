@@ -2,8 +2,8 @@ r"""Prototypical networks, Conv4-64, Omniglot.
 
 Snell et al. 2017, Table 1: 5-way 98.8 % (1-shot), 99.7 % (5-shot); 20-way 96.0 and 98.9 %.
 
-    python -m metajax.main --config=configs/protonet_omniglot.py:way=20,shot=1
-    python -m metajax.main --mode=eval --workdir=runs/protonet_omniglot-way=20,shot=1 --config.eval.way=5
+    metajax train --config=protonet_omniglot:way=20,shot=1
+    metajax eval --workdir=runs/protonet_omniglot-way=20,shot=1 --config.eval.way=5
 
 Trained as in the paper on 60-way episodes with 5 queries a class, sums of squared differences as distances; the step
 size is halved after 2, 3, 4 and 5 sixths of the run. The split of Vinyals et al. 2016, rotations by 90 degrees as new

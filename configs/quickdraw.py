@@ -1,7 +1,7 @@
 r"""MAML and Meta-SGD on Quick, Draw!, as in Cloudera Fast Forward Labs' report on meta-learning (2020).
 
-    python -m metajax.main --config=configs/quickdraw.py:way=5,shot=1,drawings=100 --data_dir=DIR
-    python -m metajax.sweep --config=configs/quickdraw.py --over way=5,10 shot=1,5,10 drawings=100,20
+    metajax train --config=quickdraw:way=5,shot=1,drawings=100 --data_dir=DIR
+    metajax sweep --config=quickdraw --over way=5,10 shot=1,5,10 drawings=100,20
 
 Their test accuracy in percent, of the last checkpoint, with second-order MAML, on 2,500 (100 drawings) or 1,000 tasks;
 intervals were not published. As many queries as shots.

@@ -1,6 +1,6 @@
 r"""MAML in about a minute on a laptop: 5-way 1-shot on the embedded `glyphs`, nothing to download.
 
-python -m metajax.main --config=configs/quickstart.py
+metajax train --config=quickstart
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
 r"""Reptile, Conv4-64, Omniglot (Nichol et al. 2018, Table 2: 5-way 1-shot 97.68 +- 0.04 %, transductive).
 
-    python -m metajax.main --config=configs/reptile_omniglot.py:way=5,shot=1
+    metajax train --config=reptile_omniglot:way=5,shot=1
 
 Inner Adam 1e-3 on batches of 10, 5 steps in training and 50 at test, meta-batch 5, epsilon from 1 to 0, as in the
 paper's appendix A. There a task trains on 10 images a class: here 10 of support and query together.

@@ -1,8 +1,8 @@
 r"""Sinusoid regression (Finn et al. 2017, section 5.1): MAML, and the two networks that the paper compares it with.
 
-    python -m metajax.main --config=configs/sinusoid.py:shot=10
-    python -m metajax.main --config=configs/sinusoid.py:shot=10,method=joint
-    python -m metajax.main --config=configs/sinusoid.py:shot=10,method=oracle
+    metajax train --config=sinusoid:shot=10
+    metajax train --config=sinusoid:shot=10,method=joint
+    metajax train --config=sinusoid:shot=10,method=oracle
 
 `joint` is trained on all tasks together (MAML of no inner steps) and fine-tuned on the support points of a test task,
 with --config.eval.inner_lr as its step size; `oracle` is told amplitude and phase.

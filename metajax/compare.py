@@ -1,6 +1,6 @@
 """Compares trained runs on the same fixed test episodes.
 
-python -m metajax.compare RUN RUN ... [--markdown=FILE] [--csv=FILE] [--figure=FILE.png]
+metajax compare RUN RUN ... [--markdown=FILE] [--csv=FILE] [--figure=FILE.png]
 
   RUN          DIR, NAME=DIR, or NAME=DIR1,DIR2,DIR3 for several seeds of one method: workdirs, a row of the table;
                the others are compared with the first
@@ -21,6 +21,8 @@ seed may well fall outside. Differences are taken on each episode, which is as h
 are therefore known better than either mean. For several seeds an episode's values are averaged first; how much the
 seeds themselves differ is told by the standard deviation of their means, with n - 1, and by the 95 % interval that
 Student's t makes of it: it is where the mean over many seeds would lie.
+
+example: metajax compare maml=runs/a0,runs/a1 protonet=runs/b0,runs/b1 --markdown=table.md
 """
 
 import contextlib
@@ -35,14 +37,13 @@ import numpy as np
 from absl import flags
 from scipy import special
 
+from metajax import cli, evaluate, history, parallel, report, system, train
 from metajax import config as config_lib
-from metajax import evaluate, figures, history, parallel, report, train
 from metajax import experiment as experiment_lib
 from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
 from metajax.errors import UserError, first_line
 from metajax.files import write_atomically
-from metajax.main import data_folder, explaining, set_up
 
 # What of the protocol leaves an episode's classes and images as they are.
 _NOT_OF_EPISODES = ('batch_norm', 'augment', 'checkpoints')
@@ -83,10 +84,10 @@ class Row(NamedTuple):
   ensemble_difference_ci95: float | None = None
 
 
-@explaining
+@cli.command
 def main(argv):
   """Runs a command line; returns the exit status."""
-  set_up()
+  cli.set_up()
   options, named, overrides = parse(argv)
   configs = {folder: _config(folder, overrides) for folders in named.values() for folder in folders}
   parallel.use_cores(min(config.eval.episodes for config in configs.values()))
@@ -114,16 +115,11 @@ def parse(argv):
   flags.DEFINE_integer('episodes', None, '', lower_bound=1, flag_values=values)
   for name in ('mixed', 'last'):
     flags.DEFINE_bool(name, False, '', flag_values=values)
-  flags.DEFINE_bool('help', False, '', short_name='h', flag_values=values)
-  try:
-    rest = values([arg for arg in argv if arg not in overrides])[1:]
-  except flags.Error as error:
-    raise UserError(f'command line: {first_line(error)}') from None
-  if values.help:
-    print(__doc__, flush=True)
-    sys.exit(0)
+  rest = cli.parse_flags(values, [arg for arg in argv if arg not in overrides], __doc__)
   if values.figure and not values.figure.endswith('.png'):
     raise UserError(f'command line: --figure={values.figure}: the name of a PNG file ends in .png')
+  if values.figure:
+    system.package('metajax.figures', 'command line: --figure')
   named, seen = {}, {}
   for argument in rest:
     name, folders = _name_and_folders(argument)
@@ -135,8 +131,8 @@ def parse(argv):
       raise UserError(f'command line: two runs are called {name}: name them, as in NAME={folders[0]}')
     named[name] = folders
   if len(named) < 2:
-    raise UserError('command line: two workdirs at least are needed, as in python -m metajax.compare runs/a runs/b')
-  values.data_dir = data_folder(values.data_dir)
+    raise UserError('command line: two workdirs at least are needed, as in metajax compare runs/a runs/b')
+  values.data_dir = cli.data_folder(values.data_dir)
   if values.episodes is not None:
     overrides.append(f'--config.eval.episodes={values.episodes}')
   return values, named, overrides
@@ -518,7 +514,7 @@ def write_csv(path, rows):
 
 
 def _draw(path, rows):
-  figures.comparison(
+  system.package('metajax.figures', '--figure').comparison(
     path,
     [row.name for row in rows],
     *zip(*((row.mean, row.ci95) for row in rows), strict=True),

@@ -106,10 +106,9 @@ _BOOLS = {'': True, 'true': True, '1': True, 'false': False, '0': False}
 
 
 def load(spec):
-  """Runs `get_config` of FILE or FILE:ARGS and fills in the defaults."""
-  path, _, arg = spec.partition(':')
-  if not Path(path).is_file():
-    raise UserError(f'--config: there is no file {path}')
+  """Runs `get_config` of NAME, FILE, NAME:ARGS or FILE:ARGS and fills in the defaults."""
+  path, arg = split_spec(spec)
+  path = find_file(path)
   module_spec = importlib.util.spec_from_file_location('metajax_config', path)
   if module_spec is None:
     raise UserError(f'--config: {path} is not a Python file')
@@ -125,6 +124,38 @@ def load(spec):
       raise UserError(f'--config: {path} takes no config string, but {arg!r} was given')
     return complete(module.get_config())
   return complete(module.get_config(arg or None))
+
+
+def split_spec(spec):
+  """Splits NAME[:ARGS] or FILE[:ARGS] into the name or file, and the config string, '' without one."""
+  drive, rest = spec[:2], spec[2:]
+  if not re.fullmatch(r'[A-Za-z]:', drive) or rest[:1] not in ('/', '\\'):  # not as in C:\configs\mine.py
+    drive, rest = '', spec
+  path, _, arg = rest.partition(':')
+  return drive + path, arg
+
+
+def find_file(name):
+  """The file of a config: `name` itself if it is one, else the shipped config of that name.
+
+  Raises:
+    UserError: it is neither.
+  """
+  if Path(name).is_file():
+    return name
+  if name in (known := shipped()):
+    return str(known[name])
+  if (stem := Path(name).stem) in known:
+    raise UserError(f'--config: there is no file {name}; the shipped config is --config={stem}')
+  raise UserError(f'--config: there is no file {name}, and no shipped config of that name{_known(name, known)}')
+
+
+def shipped():
+  """The configs that come with metajax: {name: path}, by name."""
+  package = Path(__file__).parent
+  folders = package / 'configs', package.parent / 'configs'  # installed, and in a checkout
+  folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+  return {path.stem: path for path in sorted(folder.glob('[!_]*.py'))}
 
 
 def complete(config):

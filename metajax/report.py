@@ -1,5 +1,6 @@
 """What a finished run has to show: the test, `test.json`, figures, and one line for a person."""
 
+import functools
 import itertools
 import json
 import time
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from metajax import config as config_lib
-from metajax import evaluate, figures, heads, networks, parallel, processes, writer
+from metajax import evaluate, heads, networks, parallel, processes, system, writer
 from metajax.data import episodes
 from metajax.errors import UserError
 from metajax.files import write_atomically
@@ -77,9 +78,10 @@ def test(config, experiment, state, workdir, checkpoints):
 
   write_atomically(Path(workdir) / 'test_episodes.json', json.dumps(each) + '\n')
   write_atomically(Path(workdir) / 'test.json', json.dumps(result, indent=2) + '\n')
-  draw(experiment, state, result, Path(workdir) / 'figures')
-  print(f'figures: {Path(workdir) / "figures"}')
-  writer.add_figures(workdir)
+  if drawing := figures():
+    draw(drawing, experiment, state, result, Path(workdir) / 'figures')
+    print(f'figures: {Path(workdir) / "figures"}')
+    writer.add_figures(workdir)
   if of_last:
     print(last_line(result))
   if members:
@@ -321,21 +323,33 @@ def _number(result, prefix=''):
   return number.replace('accuracy ', '').replace('loss', 'mean squared error')
 
 
+@functools.cache
+def figures():
+  """The module that draws; without matplotlib None, after a line that says so once."""
+  try:
+    return system.package('metajax.figures', 'drawing')
+  except UserError as error:
+    print(f'no figures: {error}')
+    return None
+
+
 def draw_training(workdir):
   """Draws the learning curves, and task weights, inner step sizes and the steps' importance where there are any.
 
   They go into the TensorBoard events as well.
   """
+  if not (drawing := figures()):
+    return
   folder, records = Path(workdir) / 'figures', writer.read(workdir)
-  figures.learning_curves(folder / 'learning_curves.png', records)
-  figures.task_weights(folder / 'task_weights.png', records)
-  figures.inner_lr(folder / 'inner_lr.png', records)
-  figures.loss_importance(folder / 'loss_importance.png', records)
+  drawing.learning_curves(folder / 'learning_curves.png', records)
+  drawing.task_weights(folder / 'task_weights.png', records)
+  drawing.inner_lr(folder / 'inner_lr.png', records)
+  drawing.loss_importance(folder / 'loss_importance.png', records)
   writer.add_figures(workdir)
 
 
-def draw(experiment, state, result, folder):
-  """Draws the inner loop's gain, and one test episode or a few regression tasks."""
+def draw(figures, experiment, state, result, folder):
+  """Draws, by the module `figures`, the inner loop's gain, and one test episode or a few regression tasks."""
   quantity = 'accuracy' if 'accuracy' in result else 'loss'
   if steps := result.get('by_inner_step'):
     values, ci95 = np.array(steps[quantity]), np.array(steps[f'{quantity}_ci95'])

@@ -1,6 +1,6 @@
 """Runs a grid of experiments one after the other, and shows over seeds what came of it.
 
-python -m metajax.sweep --config=FILE[:ARGS] --over KEY=VALUE,VALUE ... [--workdir=DIR] [--data_dir=DIR]
+metajax sweep --config=NAME[:ARGS] --over KEY=VALUE,VALUE ... [--workdir=DIR] [--data_dir=DIR]
   [--config.KEY=VALUE ...] [--print | --slurm | --cell=K | --table] [--markdown=FILE] [--csv=FILE]
 
   --over      the grid: every combination of these values is a cell, a run of metajax.main. A KEY with a dot, such as
@@ -15,12 +15,14 @@ python -m metajax.sweep --config=FILE[:ARGS] --over KEY=VALUE,VALUE ... [--workd
   --markdown  write the table as Markdown
   --csv       write fractions in full precision, and the protocol
 
---config, --data_dir and --config.KEY are those of metajax.main, and the same for every cell. All cells are looked at
+--config, --data_dir and --config.KEY are those of `metajax train`, and the same for every cell. All cells are looked at
 before the first starts. Run again, finished cells are skipped and others go on where they stopped. A cell that fails is
 told of, and the next one starts. Several sweeps may share a grid: each takes cells that no other is at. SIGTERM has the
 running cell saved, and stops. The exit status is 0 if all cells are finished, 1 if some are not.
 
-Rows of the table are cells that differ in their seed alone; see metajax.compare, whose command line stands below it.
+Rows of the table are cells that differ in their seed alone; see `metajax compare`, whose command line stands below it.
+
+example: metajax sweep --config=maml_omniglot --over seed=0,1,2 shot=1,5
 """
 
 import itertools
@@ -35,11 +37,10 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from metajax import compare, history, parallel
+from metajax import cli, compare, history, parallel
 from metajax import config as config_lib
 from metajax import workdir as workdir_lib
-from metajax.errors import UserError, first_line
-from metajax.main import data_folder, default_workdir, explaining, set_up
+from metajax.errors import UserError
 
 _INSTEAD = ('print', 'slurm', 'cell', 'table')  # what may be asked for instead of running the grid
 _STOPPED = 128 + signal.SIGTERM  # exit status
@@ -55,10 +56,10 @@ class Cell(NamedTuple):
   config: Any  # complete
 
 
-@explaining
+@cli.command
 def main(argv):
   """Runs a command line; returns the exit status."""
-  set_up()
+  cli.set_up()
   options, axes, fixed = parse(argv)
   cells = plan(axes, options.config, options.workdir, options.data_dir, fixed)
   if options.print:
@@ -84,30 +85,23 @@ def parse(argv):
     flags.DEFINE_bool(name, False, '', flag_values=values)
   flags.DEFINE_integer('cell', None, '', lower_bound=0, flag_values=values)
   flags.DEFINE_multi_string('over', [], '', flag_values=values)
-  flags.DEFINE_bool('help', False, '', short_name='h', flag_values=values)
-  try:
-    rest = values([arg for arg in argv if arg not in fixed])[1:]
-  except flags.Error as error:
-    raise UserError(f'command line: {first_line(error)}') from None
-  if values.help:
-    print(__doc__, flush=True)
-    sys.exit(0)
+  rest = cli.parse_flags(values, [arg for arg in argv if arg not in fixed], __doc__)
   if not values.config:
-    raise UserError('command line: --config=FILE is missing, such as --config=configs/quickstart.py')
+    raise UserError('command line: --config=NAME is missing, such as --config=quickstart')
   if not values.over:
     raise UserError('command line: --over KEY=VALUE,VALUE is missing, such as --over seed=0,1,2 shot=1,5')
   asked = [f'--{name}' for name in _INSTEAD if values[name].value is not values[name].default]
   if len(asked) > 1 or (asked not in ([], ['--table']) and (values.markdown or values.csv)):
     asked += [f'--{name}' for name in ('markdown', 'csv') if values[name].value]
     raise UserError(f'command line: {" and ".join(asked)} do not go together')
-  values.workdir = values.workdir or default_workdir(values.config)
+  values.workdir = values.workdir or cli.default_workdir(values.config)
   return values, _axes([*values.over, *rest], values.config, fixed), fixed
 
 
 def _axes(texts, config, fixed):
   """Reads the grid from KEY=VALUE,VALUE; nothing may be named twice, or be given for all cells as well."""
   given = {config_lib.key_of(arg) for arg in fixed}
-  given |= {item.partition('=')[0] for item in config.partition(':')[2].split(',')}
+  given |= {item.partition('=')[0] for item in config_lib.split_spec(config)[1].split(',')}
   axes = {}
   for text in texts:
     key, _, listed = text.partition('=')
@@ -142,7 +136,7 @@ def plan(axes, config, workdir, data_dir=None, fixed=()):
 
   Args:
     axes: {key: [value]}, as text; a key is a setting or a shorthand, see `is_setting`.
-    config: FILE[:ARGS] of all cells.
+    config: NAME[:ARGS] or FILE[:ARGS] of all cells.
     workdir: cells are folders in it.
     data_dir: as it was given, or None.
     fixed: '--config.KEY=VALUE' of all cells.
@@ -153,7 +147,7 @@ def plan(axes, config, workdir, data_dir=None, fixed=()):
   Raises:
     UserError: a config that cannot be made, two cells that are one, a folder that is another run's.
   """
-  path, _, args = config.partition(':')
+  path, args = config_lib.split_spec(config)
   order = sorted(axes, key=lambda key: (key == 'seed', key))
   cells, seen, folders = [], {}, {}
   for values in itertools.product(*axes.values()):
@@ -318,7 +312,7 @@ def show(cells, options):
   if not done:
     return
   parallel.use_cores(min(cell.config.eval.episodes for cell in done))
-  data_dir, methods = data_folder(options.data_dir), {}
+  data_dir, methods = cli.data_folder(options.data_dir), {}
   for cell in done:
     methods.setdefault(cell.row, []).append(compare.read(cell.workdir, cell.config, data_dir))
   rows = compare.summarise(methods)

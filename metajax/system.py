@@ -1,7 +1,8 @@
-"""What differs between Linux, macOS and Windows, behind one function each."""
+"""What a machine may lack, behind one function each: parts of an operating system, packages that few runs need."""
 
 import contextlib
 import errno
+import importlib
 import math
 import mmap
 import os
@@ -9,6 +10,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from metajax.errors import UserError
 
 try:
   import fcntl
@@ -25,6 +28,25 @@ except ImportError:  # Windows
 
 _LOCKED_BYTE = 2**30  # Windows locks bytes, and nobody else can read those: this one lies behind all text
 _WAIT_SECONDS = 0.2
+
+
+def package(name, purpose):
+  """Imports a module that metajax can do without.
+
+  Args:
+    name: str, of a package, or of a module of metajax that imports one.
+    purpose: what needs it, the beginning of an error.
+
+  Raises:
+    UserError: a package is not installed.
+  """
+  try:
+    return importlib.import_module(name)
+  except ModuleNotFoundError as error:
+    missing = (error.name or 'metajax').partition('.')[0].replace('_', '-')
+    if missing == 'metajax':
+      raise
+    raise UserError(f'{purpose} needs {missing}, which is not installed: pip install {missing}') from None
 
 
 def try_lock(file):

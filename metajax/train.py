@@ -1,9 +1,10 @@
-"""Training: one meta-update, and the loop."""
+"""Training: one meta-update, and the loop. As a command, `python -m metajax.train`, it is `metajax train`."""
 
 import collections
 import contextlib
 import functools
 import signal
+import sys
 import threading
 import time
 from typing import Any, NamedTuple
@@ -459,3 +460,9 @@ def _stop_on_sigterm():
     yield stop
   finally:
     signal.signal(signal.SIGTERM, previous)
+
+
+if __name__ == '__main__':
+  from metajax import main
+
+  sys.exit(main.main())

@@ -8,6 +8,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from metajax import main
+from metajax.data import __main__ as data_command
 from metajax.data import download
 from metajax.errors import UserError
 
@@ -80,6 +81,11 @@ def omniglot_dir():
   if not (folder / 'images_background.zip').exists():
     pytest.skip(f'no Omniglot archives in {folder}; METAJAX_TEST_OMNIGLOT names another folder')
   return folder
+
+
+def prepare(arguments):
+  """Runs `metajax data`; returns the exit status."""
+  return data_command.main(['metajax data', *arguments])
 
 
 def start(*arguments, **environment):

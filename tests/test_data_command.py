@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metajax.data.__main__ import main
+from tests.conftest import prepare as main
 
 pytestmark = pytest.mark.usefixtures('tables')
 

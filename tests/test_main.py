@@ -327,7 +327,7 @@ def test_errors_of_the_command_line(finished, cache, tmp_path, capsys, monkeypat
       for i in range(4):
         Image.new('L', (8, 8), 9 * i + k).save(folder / f'{i}.png')
   for arguments, message in [
-    ((), '--config=FILE is missing'),
+    ((), '--config=NAME is missing'),
     (('--config=none.py',), 'there is no file none.py'),
     ((f'{tiny}:wya=3',), "did you mean 'way'"),
     ((tiny, '--config.algorithm.inner_stepz=1'), "did you mean 'inner_steps'"),

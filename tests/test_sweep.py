@@ -159,7 +159,7 @@ def test_a_cell_has_the_same_name_in_whatever_order_the_grid_is_written():
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    (['--over', 'seed=0'], '--config=FILE is missing'),
+    (['--over', 'seed=0'], '--config=NAME is missing'),
     ([f'--config={TINY}'], '--over KEY=VALUE,VALUE is missing'),
     ([f'--config={TINY}', '--over', 'seed=0', 'shot'], "such as seed=0,1,2, not 'shot'"),
     ([f'--config={TINY}', '--over', 'seed=0,,1'], "not 'seed=0,,1'"),

@@ -1,4 +1,4 @@
-"""What is missing on macOS or Windows is taken away here, and everything must go on."""
+"""What is missing on macOS or Windows, or not installed, is taken away here, and everything must go on."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from metajax import system, watch, workdir
-from metajax.data import table
+from metajax.data import containers, prepared, table
 from metajax.errors import UserError
 from tests.conftest import ROOT, TINY
 
@@ -114,6 +114,14 @@ def test_without_c_the_last_word_is_left_to_jax(monkeypatch):
   watch.on_abort(print)
 
 
+def python(program, cache):
+  """What a program printed, which must end well."""
+  environment = {**os.environ, 'METAJAX_CACHE': str(cache)}
+  run = subprocess.run([sys.executable, '-c', program], cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert run.returncode == 0, run.stderr
+  return run.stdout
+
+
 POOR = """
 import sys
 # Other packages have their own ways: they see the system as it is.
@@ -156,12 +164,49 @@ arguments = ['metajax', '--config={TINY}', '--workdir={tmp_path}/run']
 assert main.main([*arguments, '--mode=train', '--config.total_steps=2']) == 0
 assert main.main([*arguments, '--config.total_steps=4']) == 0
 """
-  run = subprocess.run(
-    [sys.executable, '-c', program],
-    cwd=ROOT,
-    env={**os.environ, 'METAJAX_CACHE': str(shared_cache)},
-    capture_output=True,
-    text=True,
-  )
-  assert run.returncode == 0, run.stderr
+  python(program, shared_cache)
   assert json.loads((tmp_path / 'run' / 'test.json').read_text())['episodes'] == 20
+
+
+def test_few_runs_need_tensorflow_datasets_h5py_and_matplotlib(tmp_path, shared_cache):
+  """Without them all modules but the one that draws are imported, a run is trained, tested and compared."""
+  program = f"""
+import sys
+for name in ('tensorflow_datasets', 'h5py', 'matplotlib', 'tensorflow'):
+  sys.modules[name] = None
+import importlib, pkgutil, metajax, benchmarks
+for module in pkgutil.walk_packages(metajax.__path__, 'metajax.'):
+  if module.name != 'metajax.figures':
+    importlib.import_module(module.name)
+for module in pkgutil.iter_modules(benchmarks.__path__):
+  if module.name not in ('rivals', 'torch_maml'):  # these need PyTorch
+    importlib.import_module(f'benchmarks.{{module.name}}')
+from metajax import compare, main
+for seed in (0, 1):
+  arguments = ['metajax', '--config={TINY}', '--config.model.name=mlp', f'--config.seed={{seed}}']
+  assert main.main([*arguments, f'--workdir={tmp_path}/{{seed}}']) == 0
+runs = ['{tmp_path}/0', '{tmp_path}/1']
+assert compare.main(['metajax compare', *runs]) == 0
+assert compare.main(['metajax compare', *runs, '--figure={tmp_path}/figure.png']) == 2
+"""
+  output = python(program, shared_cache)
+  line = 'no figures: drawing needs matplotlib, which is not installed: pip install matplotlib'
+  assert output.count('no figures') == 1 and line in output.splitlines()
+  assert output.count('\ntest: ') == 2 and not (tmp_path / '0' / 'figures').exists()
+
+
+@pytest.mark.parametrize('name', ['h5py', 'tensorflow_datasets'])
+def test_data_that_needs_a_package_says_which(name, monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, name, None)
+  with pytest.raises(UserError, match=f'x needs {name.replace("_", "-")}, which is not installed: pip install'):
+    system.package(name, 'x')
+  with pytest.raises(ModuleNotFoundError):  # metajax itself is never missing
+    system.package('metajax.nothing', 'x')
+  if name == 'h5py':
+    (tmp_path / 'a.hdf5').touch()
+    format = containers.hdf5(('a.hdf5',), lambda key: key)
+    with pytest.raises(UserError, match=r'reading .*a\.hdf5 needs h5py'):
+      format.read(format.find(tmp_path), tmp_path)
+  else:
+    with pytest.raises(UserError, match=r'reading TFDS cifar10 in .* needs tensorflow-datasets'):
+      prepared.read('cifar10', tmp_path)

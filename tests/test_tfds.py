@@ -7,7 +7,6 @@ import pytest
 import tensorflow_datasets as tfds
 
 from metajax import config as config_lib
-from metajax.data.__main__ import main as prepare
 from metajax.datasets import (
   cifar100,
   cifar_fs,
@@ -20,7 +19,7 @@ from metajax.datasets import (
 )
 from metajax.datasets import tfds as any_tfds
 from metajax.errors import UserError
-from tests.conftest import TINY
+from tests.conftest import TINY, prepare
 from tests.test_prepared import build, features_of, png, stamped, stroke
 
 pytestmark = pytest.mark.usefixtures('tables')

@@ -1,13 +1,15 @@
 """Prepares data sets ahead of training, and looks what there is.
 
-python -m metajax.data NAME [--data_dir=DIR] [--SETTING=VALUE ...] [--skip_bad]   find or download it, and convert it
-python -m metajax.data NAME [--data_dir=DIR] [--SETTING=VALUE ...] --check        look for what is wrong with it
-python -m metajax.data --list [--data_dir=DIR]                                    what is there, and what to put where
+metajax data NAME [--data_dir=DIR] [--SETTING=VALUE ...] [--skip_bad]   find or download it, and convert it
+metajax data NAME [--data_dir=DIR] [--SETTING=VALUE ...] --check        look for what is wrong with it
+metajax data --list [--data_dir=DIR]                                    what is there, and what to put where
 
   NAME         as in --config.data.name: omniglot, mini_imagenet, folder, tfds:cifar100, ...
   --data_dir   where its files lie or go; $METAJAX_DATA, else ~/metajax_data
   --SETTING    of the data set, as in --config.data.SETTING: --size=84, --split=lake, --path=FOLDER, ...
   --skip_bad   leave out images that do not decode, and list them, instead of stopping at the first
+
+example: metajax data folder --path=photos --size=84
 """
 
 import ast
@@ -16,49 +18,33 @@ import functools
 import glob
 import inspect
 import json
-import logging
-import os
 import sys
 import urllib.parse
 from pathlib import Path
 
+from metajax import cli, system
 from metajax import config as config_lib
-from metajax import figures
 from metajax.data import check, source, table
 from metajax.errors import UserError
-from metajax.main import data_folder, explain
 
 
-def main(argv=None):
+@cli.command
+def main(argv):
   """Runs a command line; returns the exit status: 1 if --check found something, 2 for what a user can mend."""
-  logging.basicConfig(format='%(message)s', stream=sys.stdout, force=True)
-  logging.getLogger('metajax').setLevel(logging.INFO)
-  try:
-    name, flags, settings = _parse(sys.argv[1:] if argv is None else argv)
-    data_dir = data_folder(settings.pop('data_dir', None))
-    if 'list' in flags:
-      for each in [name] if name else config_lib.names('data'):
-        _list(each, data_dir)
-    elif 'help' in flags or not name:
-      print(__doc__)
-    elif 'check' in flags:
-      return _check(name, data_dir, settings)
-    else:
-      with source.skipping_bad() if 'skip_bad' in flags else contextlib.nullcontext():
-        _prepare(name, data_dir, settings)
-    return 0
-  except BrokenPipeError:  # whoever reads has seen enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-  except KeyboardInterrupt:
-    print('metajax: interrupted; run the same command again to go on', file=sys.stderr)
-    return 130
-  except Exception as error:
-    status, line = explain(error)
-    if line is None:
-      raise
-    print(line, file=sys.stderr)
-    return status
+  cli.log_plainly()
+  name, flags, settings = _parse(argv[1:])
+  data_dir = cli.data_folder(settings.pop('data_dir', None))
+  if 'list' in flags:
+    for each in [name] if name else config_lib.names('data'):
+      _list(each, data_dir)
+  elif 'help' in flags or not name:
+    print(__doc__.rstrip())
+  elif 'check' in flags:
+    return _check(name, data_dir, settings)
+  else:
+    with source.skipping_bad() if 'skip_bad' in flags else contextlib.nullcontext():
+      _prepare(name, data_dir, settings)
+  return 0
 
 
 def _parse(arguments):
@@ -132,9 +118,10 @@ def _prepare(name, data_dir, settings):
     print(f'    {file["path"]}, {file["bytes"]} bytes, SHA-256 {file["sha256"]}')
   print(f'  table  {folder}, SHA-256 {manifest["sha256"]}')
   try:
+    figures = system.package('metajax.figures', 'drawing')
     figures.contact_sheet(folder / 'sheet.png', name, splits)
     print(f'  sheet  {folder / "sheet.png"}')
-  except OSError as error:  # a table is of use without
+  except (OSError, UserError) as error:  # a table is of use without
     print(f'  sheet  none: {error}')
 
 
@@ -147,7 +134,7 @@ def _check(name, data_dir, settings):
   found = source.locate(dataset, data_dir)
   tables = _tables(dataset)
   if not found and not tables:
-    raise UserError(f'{name} is not in {data_dir}: `python -m metajax.data --list` says what to put where')
+    raise UserError(f'{name} is not in {data_dir}: `metajax data --list` says what to put where')
   faults, notes = [], []
   if found:
     print(f'checking {found.what} in {found.folder}')

@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 
+from metajax import system
 from metajax.data import archive, images, prepared, unpickle
 from metajax.data.source import SPLITS, Contents, Format, Prepared, braces
 from metajax.errors import UserError, first_line
@@ -92,8 +93,7 @@ def hdf5(names, known=lambda path: path.rpartition('/')[2]):
 
   def read(paths, scratch):
     del scratch
-    import h5py  # only here, to keep opening a table quick
-
+    h5py = system.package('h5py', f'reading {paths[0]}')  # only here, to keep opening a table quick
     classes, faults = {}, []
 
     def add(path, key, dataset):

@@ -109,9 +109,8 @@ def read(builder, folder, extra=()):
       TFRecord files, have no image or no label or several of which none stands out, lack a feature of `extra`, or
       need code that is not TFDS's own.
   """
-  import tensorflow_datasets as tfds  # only here, to keep looking for a data set quick
-
   where = f'TFDS {builder} in {folder}'
+  tfds = system.package('tensorflow_datasets', f'reading {where}')  # only here, to keep looking for a data set quick
   try:
     names = list(_class_names((pathlib.Path(folder) / 'features.json').read_text('utf-8')))
     if strange := [name for name in names if not name.startswith('tensorflow_datasets.')]:
@@ -250,8 +249,7 @@ def prepare(builder, data_dir):
   Raises:
     UserError: TensorFlow is not installed, TFDS knows no such data set, or cannot get it.
   """
-  import tensorflow_datasets as tfds
-
+  tfds = system.package('tensorflow_datasets', f'preparing TFDS {builder}')
   name, _, _ = _parse(builder)
   root = pathlib.Path(data_dir, 'tensorflow_datasets')
   if name not in tfds.list_builders(with_community_datasets=False):

@@ -289,7 +289,7 @@ def _convert(key, dataset, data_dir, rendering, alone):
     raise UserError(outside(str(error), found, scratch)) from error
   if contents.faults:
     more = f' (and {len(contents.faults) - 1} more faults)' if len(contents.faults) > 1 else ''
-    raise UserError(f'{contents.faults[0]}{more}; `python -m metajax.data NAME --check` lists all that is wrong')
+    raise UserError(f'{contents.faults[0]}{more}; `metajax data NAME --check` lists all that is wrong')
   with _reading(found.folder):
     files = [table.describe_file(path) for path in found.paths] if len(found.paths) <= _HASHED else []
   job = {
@@ -332,7 +332,7 @@ def _get(dataset, data_dir):
     for remote in missing:
       download.fetch(remote, folder)
   except UserError as error:
-    raise UserError(f'{error}; `python -m metajax.data --list` says what other files will do') from error
+    raise UserError(f'{error}; `metajax data --list` says what other files will do') from error
 
 
 def _is_unfinished(dataset, data_dir, found):

@@ -14,7 +14,7 @@ def load(data_dir, *, size=32, resample='bilinear'):
   nothing, the splits are taken, and classes are called `<split>/<label>`.
 
   Args:
-    data_dir: str; `python -m metajax.data --list` says what may lie there. Need not exist: CIFAR-100 is downloaded
+    data_dir: str; `metajax data --list` says what may lie there. Need not exist: CIFAR-100 is downloaded
       to it.
     size: side in pixels; images have 32.
     resample: Pillow's filter for images of another size.

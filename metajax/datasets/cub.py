@@ -17,7 +17,7 @@ def load(data_dir, *, size=84, split='closer_look', resample='bilinear', crop=2 
   checked, but how many in all.
 
   Args:
-    data_dir: str; `python -m metajax.data --list` says what may lie there. Need not exist: 1.2 GB are downloaded.
+    data_dir: str; `metajax data --list` says what may lie there. Need not exist: 1.2 GB are downloaded.
     size: side in pixels.
     split: of the classes,
       'closer_look': 100 / 50 / 50 (Chen et al. 2019),

@@ -26,7 +26,7 @@ def load(data_dir, *, size=84, resample='bilinear', crop=0.0):
   the split that Ravi and Larochelle put it in. Of ILSVRC's own class folders the 600 images on their list are taken.
 
   Args:
-    data_dir: str; `python -m metajax.data --list` says what may lie there.
+    data_dir: str; `metajax data --list` says what may lie there.
     size: side in pixels. The copies in circulation have 84 and differ in how they were made: squashed with OpenCV's
       bilinear or area filter, Pillow's Lanczos, or cropped to a square first.
     resample: Pillow's filter for images of another size.

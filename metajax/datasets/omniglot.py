@@ -23,7 +23,7 @@ def load(data_dir, *, size=28, split='vinyals', split_seed=0, rotations=('train'
   """Loads Omniglot, with ink 255 on paper 0.
 
   Args:
-    data_dir: str; `python -m metajax.data --list` says what may lie there. Need not exist: the original archives are
+    data_dir: str; `metajax data --list` says what may lie there. Need not exist: the original archives are
       downloaded to it.
     size: side in pixels.
     split: by characters,

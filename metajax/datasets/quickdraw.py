@@ -28,7 +28,7 @@ def load(
   on with it, until its `.part` file is removed.
 
   Args:
-    data_dir: str; `python -m metajax.data --list` says what may lie there. Need not exist: all files are downloaded
+    data_dir: str; `metajax data --list` says what may lie there. Need not exist: all files are downloaded
       to it, whatever `per_class`.
     size: side in pixels.
     split: by classes,

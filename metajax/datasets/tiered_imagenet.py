@@ -27,7 +27,7 @@ def load(data_dir, *, size=84, resample='bilinear', crop=0.0):
   around, as Chen et al.'s Meta-Baseline does. An archive of that name made in another way would come out as BGR.
 
   Args:
-    data_dir: str; `python -m metajax.data --list` says what may lie there. Need not exist: 12.9 GB are downloaded.
+    data_dir: str; `metajax data --list` says what may lie there. Need not exist: 12.9 GB are downloaded.
     size: side in pixels. All copies in circulation have 84; ILSVRC's own class folders serve for more.
     resample: Pillow's filter for images of another size.
     crop: part of the shorter side of which the central square is taken, instead of squashing; 0 takes the whole image.

@@ -1,0 +1,144 @@
+"""`metajax COMMAND`, and how configs are found."""
+
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import metajax
+from metajax import cli
+from metajax import config as config_lib
+from metajax.errors import UserError
+from tests.conftest import ROOT, TINY
+
+PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+
+
+def run(capsys, *arguments):
+  """Exit status, output and errors of `metajax ARGUMENTS`."""
+  try:
+    status = cli.main(['metajax', *arguments])
+  except SystemExit as error:
+    status = error.code
+  return status, *capsys.readouterr()
+
+
+def test_help_lists_the_commands_with_an_example(capsys):
+  for arguments in ((), ('--help',), ('-h',), ('help',)):
+    status, output, errors = run(capsys, *arguments)
+    assert (status, errors) == (0, '')
+    assert all(re.search(rf'^  {name} +\w', output, re.MULTILINE) for name in cli.COMMANDS)
+    assert 'example: metajax train --config=quickstart' in output
+
+
+@pytest.mark.parametrize('name', cli.COMMANDS)
+def test_each_command_has_help_with_an_example(name, capsys):
+  status, output, errors = run(capsys, name, '--help')
+  assert (status, errors) == (0, '')
+  assert f'\nmetajax {name} ' in output and f'example: metajax {name} ' in output
+  assert max(map(len, output.splitlines())) <= 120
+
+
+def test_help_of_training_lists_the_shipped_configs(capsys):
+  _, output, _ = run(capsys, 'train', '--help')
+  listed = re.findall(r'^  (\w+) +\S', output.partition('\nconfigs:\n')[2], re.MULTILINE)
+  assert listed == sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
+
+
+@pytest.mark.parametrize('name', cli.COMMANDS)
+def test_each_command_is_a_module_too(name):
+  result = subprocess.run(
+    [sys.executable, '-m', f'metajax.{name}', '--help'], cwd=ROOT, capture_output=True, text=True, check=True
+  )
+  assert f'example: metajax {name} ' in result.stdout and result.stderr == ''
+
+
+def test_version_is_that_of_the_package(capsys):
+  status, output, _ = run(capsys, '--version')
+  assert status == 0 and output.startswith(f'metajax {metajax.__version__}, Python 3.')
+  assert PROJECT['tool']['setuptools']['dynamic']['version'] == {'attr': 'metajax.__version__'}
+
+
+def test_an_unknown_command_is_one_line(capsys):
+  status, output, errors = run(capsys, 'trian')
+  assert (status, output) == (2, '') and "did you mean 'train'?" in errors and errors.count('\n') == 1
+
+
+def test_train_then_eval_and_compare_by_command(capsys, tmp_path, cache):
+  for seed in (0, 1):
+    arguments = f'--config={TINY}', '--config.model.name=mlp', f'--config.seed={seed}', f'--workdir={tmp_path}/{seed}'
+    status, output, _ = run(capsys, 'train', *arguments)
+    assert status == 0 and output.splitlines()[-1].startswith('test: ')
+  status, output, _ = run(capsys, 'eval', f'--workdir={tmp_path}/0', '--config.eval.episodes=7')
+  assert status == 0 and '7 episodes' in output.splitlines()[-1]
+  status, output, errors = run(capsys, 'compare', f'{tmp_path}/0', f'{tmp_path}/1', '--episodes=5')
+  assert status == 0 and '5 episodes' in output, errors
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['eval'], '--workdir=DIR is missing'),
+    (['eval', '--workdir=none'], 'none holds no run'),
+    (['eval', '--workdir=none', '--mode=train'], "Unknown command line flag 'mode'"),
+    (['train'], '--config=NAME is missing'),
+    (['train', '--config=quikstart'], "did you mean 'quickstart'"),
+    (['train', '--config=elsewhere/quickstart.py'], 'the shipped config is --config=quickstart'),
+    (['sweep', '--config=quickstart'], '--over KEY=VALUE,VALUE is missing'),
+    (['compare', '--fast'], "Unknown command line flag 'fast'"),
+    (['data', 'omniglott'], "did you mean 'omniglot'"),
+  ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys):
+  status, output, errors = run(capsys, *arguments)
+  assert (status, output) == (2, '') and message in errors and errors.count('\n') == 1
+
+
+def test_configs_are_found_by_name_and_by_path(tmp_path, monkeypatch):
+  by_path = config_lib.load(str(ROOT / 'configs' / 'maml_mini.py') + ':way=7')
+  monkeypatch.chdir(tmp_path)
+  assert config_lib.load('maml_mini:way=7') == by_path
+  (tmp_path / 'maml_mini').write_text('')  # a file of that name comes first
+  with pytest.raises(UserError, match='maml_mini is not a Python file'):
+    config_lib.load('maml_mini')
+
+
+@pytest.mark.parametrize(
+  ('spec', 'parts'),
+  [
+    ('maml_mini', ('maml_mini', '')),
+    ('maml_mini:way=5,shot=1', ('maml_mini', 'way=5,shot=1')),
+    ('a/b.py:data=tfds:x', ('a/b.py', 'data=tfds:x')),
+    (r'C:\a\b.py:way=5', (r'C:\a\b.py', 'way=5')),
+    ('c:/a/b.py', ('c:/a/b.py', '')),
+    ('c:way=5', ('c', 'way=5')),
+  ],
+)
+def test_a_config_string_follows_a_colon(spec, parts):
+  assert config_lib.split_spec(spec) == parts
+
+
+def test_the_package_holds_every_folder_of_code_and_every_config():
+  folders = {path.parent.relative_to(ROOT) for path in (ROOT / 'metajax').rglob('*.py')}
+  packages = {'.'.join(folder.parts) for folder in folders}
+  assert {*packages, 'metajax.configs'} == set(PROJECT['tool']['setuptools']['packages'])
+  assert PROJECT['tool']['setuptools']['package-dir'] == {'metajax.configs': 'configs'}
+
+
+def test_requirements_name_what_the_code_imports():
+  """Each import of another package is required, or an extra's."""
+  names = {
+    'tensorflow_datasets': 'tensorflow-datasets',
+    'PIL': 'pillow',
+    'absl': 'absl-py',
+    'orbax': 'orbax-checkpoint',
+  }
+  required = {re.match(r'[\w-]+', line)[0] for line in (ROOT / 'requirements.txt').read_text().splitlines()}
+  imported = set()
+  for path in [*(ROOT / 'metajax').rglob('*.py'), *(ROOT / 'configs').glob('*.py')]:
+    imported |= set(re.findall(r'^ *(?:import|from) (\w+)', path.read_text(), re.MULTILINE))
+  others = {name for name in imported if name not in sys.stdlib_module_names} - {'metajax', 'tensorflow', 'msvcrt'}
+  assert {names.get(name, name) for name in others} <= required
+  assert {'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ml_collections', 'tensorflow-datasets'} <= required
