@@ -50,15 +50,21 @@ class Checkpoints:
       self.directory, options=ocp.CheckpointManagerOptions(**options), item_names=('state', 'checksum')
     )
 
-  def save(self, state, score=None):
-    """Starts writing `state`; `score` is its validation score, higher is better, None if there is none."""
+  def save(self, state, score=None, seconds=0.0):
+    """Starts writing a state.
+
+    Args:
+      state: NamedTuple of arrays, with its `step`.
+      score: of its validation, higher is better; None if there was none.
+      seconds: of training so far.
+    """
     state = jax.tree.map(np.array, jax.device_get(state))  # copies: the step reuses the memory of its state
     checksum = {'crc32': {field: _checksum(value) for field, value in state._asdict().items()}}
     with _disk_errors(self.directory):
       self._manager.save(
         int(state.step),
         args=ocp.args.Composite(state=ocp.args.StandardSave(state), checksum=ocp.args.JsonSave(checksum)),
-        metrics={'score': None if score is None else float(score)},
+        metrics={'score': None if score is None else float(score), 'seconds': seconds},
       )
 
   def restore(self, step, like):
@@ -174,6 +180,13 @@ class Checkpoints:
           print(f'checkpoint {folder} cannot be read (its score: {first_line(error)}): left out')
     return sorted(ranks, reverse=True)
 
+  def seconds(self, step):
+    """Seconds of training before a checkpoint; 0 where it does not say, or there is none."""
+    try:
+      return float(_read_metrics(self.directory / str(step)).get('seconds', 0.0))
+    except _NO_SCORE:
+      return 0.0
+
   def close(self):
     """Waits until everything is on disk."""
     with _disk_errors(self.directory):
@@ -197,7 +210,11 @@ _NO_SCORE = OSError, ValueError, KeyError, TypeError  # what reading a damaged s
 
 def _read_score(folder):
   """The validation score of a checkpoint, None if it was not validated."""
-  return json.loads((folder / 'metrics' / 'metrics').read_text())['score']
+  return _read_metrics(folder)['score']
+
+
+def _read_metrics(folder):
+  return json.loads((folder / 'metrics' / 'metrics').read_text())
 
 
 def _rank(score, step):

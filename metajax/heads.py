@@ -44,11 +44,11 @@ def make(name, *, c=1.0, normalize=True):
   """Makes a head, with kernel A and bias b.
 
   Args:
-    name: 'logistic_regression': minimises |A|^2 / 2 + c * the sum of cross-entropies in nats, as scikit-learn's
+    name: 'logistic_regression': minimises `|A|^2 / 2` + c * the sum of cross-entropies in nats, as scikit-learn's
       LogisticRegression(C=c) does from 3 classes on; of 2 classes, which it gives one logit instead of two, as with
       C=2c. RFS (Tian et al. 2020) has c = 1, joint multi-task training (Wang et al. 2021) c = 3.
-      'ridge': minimises |A|^2 / 2 + c / 2 * the sum of squared errors to one-hot targets, scikit-learn's Ridge(1 / c).
-      'prototype': logits 2 x.m - |m|^2 with class means m; their softmax is that of minus squared Euclidean distances.
+      'ridge': minimises `|A|^2 / 2` + c / 2 * the sum of squared errors to one-hot targets, as Ridge(1 / c).
+      'prototype': logits `2 x.m - |m|^2` with class means m; their softmax is that of minus squared distances.
       'cosine': cosines between features and the means of normalised features, between -1 and 1.
     c: how much the examples count beside the penalty, which b is free of; the last two have none.
     normalize: scale features to length 1 before all else, as 'cosine' always does. Zeros stay zeros.

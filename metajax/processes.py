@@ -141,7 +141,8 @@ def start(place):
       door = watch.listen(host, port)
     except OSError as error:
       raise UserError(
-        f'--coordinator={place.coordinator}: process 0 cannot listen at port {port} ({error.strerror}): choose another'
+        f'--coordinator={place.coordinator}: process 0 cannot listen at port {port} ({os.strerror(error.errno)}): '
+        'choose another'
       ) from None
   else:
     absent = f'process 0 does not answer at --coordinator={place.coordinator}'

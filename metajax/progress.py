@@ -9,11 +9,19 @@ _REMARKABLE = 0.02  # share of the time waiting for data from which on the log s
 
 
 class Progress:
-  """Progress over `total` meta-updates; `metrics` are those of a recent one."""
+  """Progress over `total` meta-updates; `metrics` are those of a recent one.
 
-  def __init__(self, total, start, tasks):
+  Args:
+    total: meta-updates of the run.
+    start: those that are done.
+    tasks: in a meta-batch.
+    seconds: that the run has trained before.
+  """
+
+  def __init__(self, total, start, tasks, seconds=0.0):
     self._total, self._tasks = total, tasks
     self._since = time.perf_counter(), start
+    self._began = self._since[0] - seconds
     self._paused = self._waited = 0.0
     self._shown = {}
     self._bar = None
@@ -31,14 +39,15 @@ class Progress:
         self._shown[name] = 0.95 * self._shown.get(name, value) + 0.05 * value
     self._bar.update(step - self._bar.n)
     rate = self._bar.format_dict['rate']
-    speed = f', {rate * self._tasks:.0f} tasks/s' if rate else ''
+    speed = f', {_rate(rate * self._tasks)} tasks/s' if rate else ''
     self._bar.set_postfix_str(readable(self._shown) + speed, refresh=False)
 
   def log(self, step, metrics):
     """Shows a line for the log, if there is no bar.
 
     Returns:
-      since the last call and without pauses: 'time/tasks_per_second'; 'time/waiting_for_data', the share of time.
+      'time', see `seconds`; since the last call and without pauses 'tasks_per_second' and 'waiting_for_data', the share
+      of the time.
     """
     now = time.perf_counter()
     before, start = self._since
@@ -48,12 +57,18 @@ class Progress:
     if self._bar is None:
       left = tqdm.format_interval((self._total - step) / rate) if rate else '?'
       remark = f', {100 * waiting:.0f} % of the time waiting for data' if waiting > _REMARKABLE else ''
-      self.say(f'step {step}/{self._total}: {readable(metrics)}, {rate * self._tasks:.0f} tasks/s, {left} left{remark}')
-    return {'time/tasks_per_second': rate * self._tasks, 'time/waiting_for_data': waiting}
+      speed = f'{_rate(rate * self._tasks)} tasks/s'
+      self.say(f'step {step}/{self._total}: {readable(metrics)}, {speed}, {left} left{remark}')
+    return {'time': self.seconds(), 'tasks_per_second': rate * self._tasks, 'waiting_for_data': waiting}
+
+  def seconds(self):
+    """Seconds of training so far, in earlier processes too: compiling the first step counts, pauses do not."""
+    return time.perf_counter() - self._began
 
   def pause(self, seconds):
-    """Leaves time spent on something else than training out of the speed."""
+    """Leaves time spent on something else than training out of the speed and of the time."""
     self._paused += seconds
+    self._began += seconds
 
   def waited(self, seconds):
     """Adds time that the loop has waited for its next batch."""
@@ -76,6 +91,11 @@ def readable(metrics):
       ci95 = metrics.get(f'{name}_ci95')
       parts.append(f'{name} {_quantity(name, metrics[name])}' + (f' ± {_quantity(name, ci95)}' if ci95 else ''))
   return ', '.join(parts)
+
+
+def _rate(value):
+  """Three significant digits, of large numbers all before the point."""
+  return f'{value:.3g}' if value < 999.5 else f'{value:.0f}'
 
 
 def _quantity(name, value):

@@ -212,7 +212,7 @@ def train(config, experiment, workdir, checkpoints, stop):
   constants = experiment.resident, parallel.replicate(keys.from_seed(config.seed))
   validate = validation(config, experiment)
   with (
-    contextlib.closing(processes.on_first(Progress, total, done, tasks)) as progress,
+    contextlib.closing(processes.on_first(Progress, total, done, tasks, checkpoints.seconds(done))) as progress,
     contextlib.closing(processes.on_first(Writer, workdir, done)) as writer,
     contextlib.closing(profile),
     contextlib.closing(pipeline.prefetch(make_batch, range(done + 1, total + 1), progress.waited)) as batches,
@@ -242,19 +242,19 @@ def train(config, experiment, workdir, checkpoints, stop):
       except FloatingPointError as error:
         raise _diverged(error, checkpoints) from None
 
-      start, score = time.perf_counter(), None
+      start, seconds, score = time.perf_counter(), progress.seconds(), None
       if evaluating and validate:
         summary = validate(state)
         if not np.isfinite(summary['loss']):
           raise _diverged(step, checkpoints)
-        writer.write(step, 'val', summary)
+        writer.write(step, 'val', summary, time=seconds)
         progress.say(f'step {step}/{total}: val {readable(summary)}')
         score = history.score(summary)
         if due(step, config.eval_every):  # another one at the end is no part of the history: the end may move
           scores.append(score)
           state = after_validation(state, scores, config.optimizer, progress)
       writer.sync()  # metrics first: a checkpoint without its metrics could not be resumed exactly
-      checkpoints.save(state, score)
+      checkpoints.save(state, score, seconds)
       progress.pause(time.perf_counter() - start)
       if in_flight.stop:
         progress.say(f'stopped at step {step}, checkpoint saved: run the same command again to go on')
@@ -390,8 +390,7 @@ class InFlight:
         raise FloatingPointError(step)
       self._progress.update(step, metrics)
       if due(step, self._log_every):
-        self._writer.write(step, 'train', metrics)
-        self._writer.event(step, self._progress.log(step, metrics))
+        self._writer.write(step, 'train', metrics, **(self._progress.log(step, metrics) or {}))
 
 
 def validation(config, experiment):

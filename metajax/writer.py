@@ -11,6 +11,7 @@ from tensorboardX import SummaryWriter
 from metajax.errors import UserError, first_line
 from metajax.files import write_atomically
 
+TIMES = 'time', 'tasks_per_second'  # in records: all that differs between two runs that are otherwise the same
 _OF_FIGURES = '.figures'  # how the name of their events file ends
 
 
@@ -28,18 +29,26 @@ class Writer:
     self._file = self._path.open('a')
     self._events = SummaryWriter(str(workdir), purge_step=step + 1)
 
-  def write(self, step, split, metrics):
-    """Adds {'step': step, 'split/name': value, ...}; a value is a scalar, or a vector as a list."""
-    metrics = {f'{split}/{name}': np.asarray(value, np.float64).tolist() for name, value in metrics.items()}
-    self._file.write(_line({'step': step, **metrics}))
-    self._file.flush()
-    self.event(step, metrics)
+  def write(self, step, split, metrics, **times):
+    """Adds {'step': step, 'split/name': value, ..., 'time': seconds, ...}.
 
-  def event(self, step, metrics):
-    """Adds values to the TensorBoard events alone, for what differs from run to run: times."""
+    Args:
+      step: meta-updates so far.
+      split: 'train' or 'val'.
+      metrics: {name: value}, scalars, and vectors as lists.
+      **times: of `TIMES` those that are known, and others for TensorBoard alone.
+    """
+    metrics = {f'{split}/{name}': np.asarray(value, np.float64).tolist() for name, value in metrics.items()}
+    kept = {name: round(times[name], 3) for name in TIMES if name in times}
+    self._file.write(_line({'step': step, **metrics, **kept}))
+    self._file.flush()
+    self._event(step, {**metrics, **times})
+
+  def _event(self, step, metrics):
+    """Adds values to the TensorBoard events."""
     for name, value in metrics.items():
       if isinstance(value, list):
-        self.event(step, {f'{name}/{i}': x for i, x in enumerate(value)})
+        self._event(step, {f'{name}/{i}': x for i, x in enumerate(value)})
       else:
         self._events.add_scalar(name, value, step)
 

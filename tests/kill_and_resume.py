@@ -19,6 +19,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from metajax import writer
+
 
 def run(arguments, workdir, kill=None):
   """Runs metajax; returns whether it was killed before its end.
@@ -48,13 +50,20 @@ def lines_written(workdir):
 
 
 def outcome(workdir):
-  """What a run leaves that must not depend on interruptions: arrays of its last checkpoint, metrics, test result."""
+  """What a run leaves that must not depend on interruptions: arrays of its last checkpoint, metrics, test result.
+
+  Metrics are lines of JSON, without the times.
+  """
   steps = [int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit()]
   state = ocp.StandardCheckpointer().restore((workdir / 'checkpoints' / str(max(steps)) / 'state').absolute())
   arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
   test = json.loads((workdir / 'test.json').read_text())
   del test['seconds']
-  return {'steps': sorted(steps), 'arrays': arrays, 'metrics': (workdir / 'metrics.jsonl').read_text(), 'test': test}
+  metrics = ''.join(
+    json.dumps({name: value for name, value in record.items() if name not in writer.TIMES}) + '\n'
+    for record in writer.read(workdir)
+  )
+  return {'steps': sorted(steps), 'arrays': arrays, 'metrics': metrics, 'test': test}
 
 
 def differences(a, b):

@@ -45,6 +45,19 @@ def test_keeps_the_best_five_and_the_latest_two(tmp_path):
   checkpoints.close()
 
 
+def test_a_checkpoint_knows_how_long_was_trained_before_it(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(state_at(1), None, 12.5)
+  checkpoints.save(state_at(2), 0.5)
+  checkpoints.close()
+  checkpoints = Checkpoints(tmp_path)
+  assert [checkpoints.seconds(step) for step in (1, 2, 3)] == [12.5, 0, 0]
+  path = tmp_path / 'checkpoints' / '1' / 'metrics' / 'metrics'
+  path.write_text('{"score": null}')  # of an earlier version
+  assert checkpoints.seconds(1) == 0
+  checkpoints.close()
+
+
 def test_save_copies_the_state_that_the_next_step_overwrites(tmp_path):
   checkpoints = Checkpoints(tmp_path)
   increase = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
@@ -232,7 +245,7 @@ def test_best_weights_are_of_the_best_that_is_sound(tmp_path, capsys, field):
 def test_writer_drops_what_lies_beyond_the_checkpoint_and_a_line_cut_off(tmp_path):
   first = writer.Writer(tmp_path, 0)
   for step in range(1, 5):
-    first.write(step, 'train', {'loss': 1 / step})
+    first.write(step, 'train', {'loss': 1 / step}, time=1.23456, waiting_for_data=0.5)
   first.close()
   path = tmp_path / 'metrics.jsonl'
   whole = path.read_text()
@@ -241,7 +254,7 @@ def test_writer_drops_what_lies_beyond_the_checkpoint_and_a_line_cut_off(tmp_pat
   second = writer.Writer(tmp_path, 2)
   assert [record['step'] for record in writer.read(tmp_path)] == [1, 2]
   for step in (3, 4):
-    second.write(step, 'train', {'loss': 1 / step})
+    second.write(step, 'train', {'loss': 1 / step}, time=1.23456)
   second.close()
   assert path.read_text() == whole
-  assert json.loads(whole.splitlines()[2]) == {'step': 3, 'train/loss': 1 / 3}
+  assert json.loads(whole.splitlines()[2]) == {'step': 3, 'train/loss': 1 / 3, 'time': 1.235}

@@ -18,7 +18,7 @@ def recorded(monkeypatch):
     if name == '/jax/core/compile/backend_compile_duration':
       events.append(details['fun_name'])
 
-  def record(self, step, split, metrics):
+  def record(self, step, split, metrics, **times):
     events.append((split, step))
     write(self, step, split, metrics)
 

@@ -258,7 +258,7 @@ def test_prototypical_networks_step_sizes_by_epoch():
 @pytest.mark.parametrize('name', FILES)
 def test_config_says_how_to_run_it(name):
   text = Path(ROOT / 'configs' / name).read_text()
-  assert text.startswith('r"""') and f'python -m metajax.main --config=configs/{name}' in text
+  assert text.startswith('r"""') and f'metajax train --config={Path(name).stem}' in text.replace('\\\n     ', '')
 
 
 @pytest.mark.parametrize(

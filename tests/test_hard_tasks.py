@@ -7,12 +7,12 @@ import pytest
 
 from metajax import config as config_lib
 from metajax import experiment as experiment_lib
-from metajax import main, train, workdir, writer
+from metajax import main, train, workdir
 from metajax.checkpoint import Checkpoints
 from metajax.data import hard_tasks
 from metajax.data.table import ClassTable
 from metajax.errors import UserError
-from tests.conftest import TINY
+from tests.conftest import TINY, records_of
 
 COUNTS = np.array([5, 4, 6, 4, 5, 7, 4])
 STARTS = np.cumsum(COUNTS) - COUNTS
@@ -93,7 +93,7 @@ def test_a_run_collects_as_a_loop_would_and_a_resumed_one_is_the_same_to_the_bit
   assert run(tmp_path / 'whole', '--config.total_steps=8') == 0
   assert run(tmp_path / 'parts', '--config.total_steps=4') == 0
   assert run(tmp_path / 'parts', '--config.total_steps=8') == 0
-  records = [[r for r in writer.read(tmp_path / name) if 'train/loss' in r] for name in ('whole', 'parts')]
+  records = [[r for r in records_of(tmp_path / name) if 'train/loss' in r] for name in ('whole', 'parts')]
   assert records[0] == records[1]
   config = workdir.read_config(tmp_path / 'whole')
   like = train.init_state(experiment_lib.make(config, None), 0)

@@ -8,10 +8,10 @@ import pytest
 
 from metajax import config as config_lib
 from metajax import experiment as experiment_lib
-from metajax import main, train, workdir, writer
+from metajax import main, train, workdir
 from metajax.checkpoint import Checkpoints
 from metajax.errors import UserError
-from tests.conftest import SMALL_CONV, TINY
+from tests.conftest import SMALL_CONV, TINY, records_of
 
 SMALL = ['--config.model.name=mlp', '--config.model.hidden=(4,)', '--config.eval.val_episodes=4', '--mode=train']
 
@@ -54,7 +54,7 @@ def test_a_weighted_run_starts_from_a_baseline_and_goes_on_to_the_bit(baseline, 
   assert run(tmp_path / 'whole', '--config.total_steps=4', *settings) == 0
   assert run(tmp_path / 'halves', '--config.total_steps=2', *settings) == 0
   assert run(tmp_path / 'halves', '--config.total_steps=4', *settings) == 0
-  train_records = [[r for r in writer.read(tmp_path / name) if 'train/loss' in r] for name in ('whole', 'halves')]
+  train_records = [[r for r in records_of(tmp_path / name) if 'train/loss' in r] for name in ('whole', 'halves')]
   assert train_records[0] == train_records[1]
   assert len(train_records[0]) == 4 and len(train_records[0][-1]['train/weights']) == 2
   config = workdir.read_config(tmp_path / 'whole')

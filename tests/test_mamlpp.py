@@ -11,13 +11,13 @@ import pytest
 
 from metajax import config as config_lib
 from metajax import experiment as experiment_lib
-from metajax import losses, main, networks, train, workdir, writer
+from metajax import losses, main, networks, train, workdir
 from metajax.algorithms import maml, mamlpp, meta_sgd
 from metajax.checkpoint import Checkpoints
 from metajax.errors import UserError
 from metajax.models import conv4, layers, mlp
 from metajax.types import Episode, Examples
-from tests.conftest import TINY
+from tests.conftest import TINY, records_of
 
 WAY, STEPS = 3, 2
 PER_STEP = dict(learned_lr='tensor_step', adapt_norm=False, per_step_norm=True)
@@ -283,7 +283,7 @@ def test_training_passes_from_phase_to_phase_and_resumes_between_them_to_the_bit
   def run(name, steps):
     folder = tmp_path / name
     assert main.main(['', f'--config={TINY}', f'--workdir={folder}', f'--config.total_steps={steps}', *settings]) == 0
-    return [record for record in writer.read(folder) if 'train/loss' in record]
+    return [record for record in records_of(folder) if 'train/loss' in record]
 
   run('halves', 3)
   records = run('whole', 6), run('halves', 6)

@@ -150,6 +150,7 @@ def one(killed, tmp_path_factory, shared_cache):
   return workdir
 
 
+@pytest.mark.smoke
 def test_two_processes_give_the_same_as_one_process_with_one_device(two, one):
   assert_same_run(two[0], one)
 
@@ -223,6 +224,7 @@ def assert_goes_on(workdir):
   assert sorted(set(records)) == list(range(1, steps + 4))
 
 
+@pytest.mark.smoke
 def test_when_process_0_is_killed_the_other_says_so_and_the_run_goes_on(cache, tmp_path):
   workdir = tmp_path / 'run'
   run = pair(cache, *SETTINGS, f'--workdir={workdir}', *ENDLESS)

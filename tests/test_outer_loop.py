@@ -185,6 +185,7 @@ def traced_step(experiment, run=jax.eval_shape, phase=0):
   return state, run(step, state, constants, parallel.lay_out(experiment.sources['train'].sample(0, 3), 3, 2))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(('algorithm', 'weighting'), PAIRS)
 def test_every_algorithm_takes_a_step_with_every_kind_of_weighting(algorithm, weighting, monkeypatch):
   """Traced only; the numbers are those of the tests of each. What goes in can come out: the same shapes and types."""

@@ -149,12 +149,14 @@ def test_a_step_in_chunks_is_the_mean_of_a_loop_over_tasks_and_compiled_once(loo
     assert not compiled()
 
 
+@pytest.mark.smoke
 def test_a_step_on_four_devices_is_the_same(loop_over_tasks, four_devices):
   assert four_devices['devices'] == 4
   for chunk in ('1', 'auto'):
     assert_same_step(four_devices[chunk], loop_over_tasks)
 
 
+@pytest.mark.smoke
 def test_an_evaluation_on_four_devices_is_the_same(four_devices):
   here, there = evaluation(3), four_devices['evaluation']
   assert here.keys() == there.keys() == {'loss', 'accuracy'}

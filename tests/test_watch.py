@@ -11,7 +11,10 @@ import pytest
 from metajax import watch
 
 # An exit that is only noted ends its thread.
-pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
+pytestmark = [
+  pytest.mark.smoke,
+  pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning'),
+]
 
 
 @pytest.fixture
