@@ -136,8 +136,12 @@ def _over_episodes(function, source, episodes, seed, chunk):
     results = []
     for start in range(0, episodes, size):
       local = parallel.lay_out(source.sample(start + first, count), size, chunk)
+      if results:
+        # One dispatch at a time: collectives of several that do not depend on one another can block each other.
+        results[-1] = jax.device_get(results[-1])
       results.append(step((params, model_state), (resident, key, np.int32(start)), local))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:episodes], *jax.device_get(results))
+    results[-1] = jax.device_get(results[-1])
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:episodes], *results)
 
   return evaluate
 

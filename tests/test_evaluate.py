@@ -73,6 +73,30 @@ def test_every_episode_counts_once_whatever_batches_and_chunks(source, learner, 
     np.testing.assert_allclose(results['accuracy'][k], np.mean(logits.argmax(1) == query.targets), rtol=1e-6)
 
 
+def test_one_dispatch_is_in_flight_at_a_time(source, learner, monkeypatch):
+  """Collectives of several wait for each other where devices take them in different orders, and may stand still."""
+  algorithm, params = learner
+  over_devices, device_get, events = parallel.over_devices, jax.device_get, []
+
+  def recorded(step):
+    compiled = over_devices(step)
+
+    def dispatch(*args):
+      events.append('dispatch')
+      return compiled(*args)
+
+    return dispatch
+
+  def get(x):
+    events.append('done')
+    return device_get(x)
+
+  monkeypatch.setattr(parallel, 'over_devices', recorded)
+  monkeypatch.setattr(evaluate.jax, 'device_get', get)
+  run(algorithm, source, 50, params=params)
+  assert events == ['dispatch', 'done'] * 13
+
+
 def test_trajectory_reports_every_inner_step_and_ends_with_the_evaluation(source, learner):
   algorithm, params = learner
   along = run(algorithm, source, 6, params=params, trajectory=True)

@@ -44,7 +44,6 @@ def test_a_run_goes_on_after_its_latest_checkpoint_was_damaged(cache, tmp_path, 
   assert kill_and_resume.differences(expected, kill_and_resume.outcome(tmp_path / 'run')) == []
 
 
-@pytest.mark.smoke
 def test_a_checkpoint_of_four_devices_goes_on_on_fewer_and_the_other_way_round(cache, tmp_path, capsys):
   def settings(name, steps):
     outer = '--config.optimizer.name=sgd', '--config.optimizer.learning_rate=0.01'

@@ -28,6 +28,7 @@ def exits(monkeypatch):
 
   monkeypatch.setattr(watch, 'exit_at_once', note)
   monkeypatch.setattr(watch, 'on_abort', lambda function: None)
+  monkeypatch.setattr(watch, '_LEAVE_SECONDS', 0.2)  # the others stay, as their exits are only noted
   monkeypatch.setattr(watch.tqdm, 'write', lambda text, file: None)
   yield noted
   for one in made:
