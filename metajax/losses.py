@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import optax
 
+from metajax.errors import UserError
+
 
 class Objective(NamedTuple):
   """A task's loss, in nats or squared units, and the metrics that go with it."""
@@ -15,6 +17,11 @@ class Objective(NamedTuple):
 
 
 def _squared_errors(outputs, targets):
+  if outputs.shape != targets.shape:  # else they would be broadcast, and every example would learn all targets
+    raise UserError(
+      f'regression: the outputs are {outputs.shape}, but the targets {targets.shape}; give targets the shape of the '
+      'outputs, such as (n, 1)'
+    )
   return jnp.mean(jnp.square(outputs - targets), axis=-1)
 
 

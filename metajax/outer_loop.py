@@ -30,6 +30,12 @@ def gradient(loss, params, model_state, episodes, local, rng, *, tasks, coeffici
     metrics: leaves (tasks, ...).
   """
 
+  # Indexing would clamp: the last coefficient would serve the tasks beyond it.
+  if coefficients.shape[:1] != (tasks,):
+    raise UserError(f'task weighting: coefficients have shape {coefficients.shape}, but there are {tasks} tasks')
+  if trials is not None and trials.shape[1:] != (tasks,):
+    raise UserError(f'task weighting: trials have shape {trials.shape}, not (trials, {tasks})')
+
   def outer_loss(params, coefficients, episode, rng):
     losses, (model_state, metrics) = loss(params, model_state_before, episode, rng)
     losses, model_state = losses.reshape(-1), networks.changing(model_state)

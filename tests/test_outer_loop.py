@@ -50,6 +50,19 @@ def test_coefficients_of_tasks_and_of_queries(chunk):
   np.testing.assert_allclose(grads['w'], np.mean(of_queries * slopes), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+  ('given', 'message'),
+  [
+    ({'coefficients': jnp.ones(2)}, r'coefficients have shape \(2,\), but there are 3 tasks'),
+    ({'coefficients': jnp.ones((1, 2))}, r'coefficients have shape \(1, 2\), but there are 3 tasks'),
+    ({'coefficients': jnp.ones(3), 'trials': jnp.ones((3, 4))}, r'trials have shape \(3, 4\), not \(trials, 3\)'),
+  ],
+)
+def test_coefficients_of_another_number_of_tasks_are_refused(given, message):
+  with pytest.raises(UserError, match=message):
+    on_devices(lambda local: gradient(local, **given), 1)
+
+
 def test_trials_are_outer_steps_of_the_optimiser_with_their_own_coefficients():
   coefficients, trials = np.array([1.0, 2.0, 3.0]), np.array([[1.0, 1.0, 1.0], [0.0, 0.0, 4.0]])
   tx = optax.chain(optax.trace(0.9), optax.scale(-0.1))
