@@ -6,7 +6,7 @@ A baseline, then an MTM run from its best weights for 4,000 meta-updates, as in 
     metajax train --config=mtm_maml:data=mini_imagenet,way=2,shot=1,method=spsa_track \
       --config.init_from=runs/mini --workdir=runs/mini_spsa_track
 
-`launch/mtm.sh configs/mtm_maml.py data=cifar_fs,way=5,shot=1` does all methods. The authors' recipes are
+`launch/mtm.sh mtm_maml data=cifar_fs,way=5,shot=1` does all methods. The authors' recipes are
 mini_imagenet,way=2,shot=1,method=spsa_track; tiered_imagenet,way=2,shot=1,method=spsa;
 fc100,way=5,shot=5,method=spsa_coarse; cifar_fs,way=5,shot=1,method=inner_first_order and method=backprop. The paper's
 tables were not to be had; the authors' log has baselines of CIFAR-FS at 75.0 % (2-way 1-shot), 87.4 (2-way 5-shot),

@@ -5,7 +5,7 @@ Here a task of a meta-batch is the mean over 8 episodes. Twenty epochs without w
     metajax train --config=mtm_protonet:data=mini_imagenet,model=resnet12,method=pretrain \
       --workdir=runs/mini
     metajax train \
-      --config=configs/mtm_protonet.py:data=mini_imagenet,model=resnet12,method=spsa_track,tasks=2 \
+      --config=mtm_protonet:data=mini_imagenet,model=resnet12,method=spsa_track,tasks=2 \
       --config.init_from=runs/mini --workdir=runs/mini_spsa_track
 
 `launch/mtm.sh configs/mtm_protonet.py data=cifar_fs,way=2` does all methods. The authors' recipes are the one above;

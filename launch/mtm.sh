@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Task weighting (MTM) on one data set: the baseline, every weighting from its best weights, and their comparison:
 #
-#   launch/mtm.sh configs/mtm_maml.py data=cifar_fs,way=5,shot=1
-#   SEEDS="0 1 2" METHODS="uniform spsa_track" launch/mtm.sh configs/mtm_protonet.py data=fc100,shot=10 --data_dir=DIR
+#   launch/mtm.sh mtm_maml data=cifar_fs,way=5,shot=1
+#   SEEDS="0 1 2" METHODS="uniform spsa_track" launch/mtm.sh mtm_protonet data=fc100,shot=10 --data_dir=DIR
 #
-# First the config file, then its config string without `method`; every further argument is one of `python -m
+# First the config, then its config string without `method`; every further argument is one of `python -m
 # metajax.main`. Workdirs are $RUNS/METHOD-SEED (runs/mtm-<config>-<string> by default), the table and its figure lie
 # beside them. Run again, it goes on where it stopped.
 set -euo pipefail
 
-if (($# < 2)) || [[ ! -f $1 ]]; then
-  echo 'mtm.sh: CONFIG STRING [ARGUMENTS], such as configs/mtm_maml.py data=cifar_fs,way=5,shot=1' >&2
+if (($# < 2)) || [[ $1 != *mtm_* ]]; then
+  echo 'mtm.sh: CONFIG STRING [ARGUMENTS], such as mtm_maml data=cifar_fs,way=5,shot=1' >&2
   exit 2
 fi
 config=$1 string=$2
@@ -33,7 +33,7 @@ run() { # METHOD SEED [ARGUMENTS]
   "$python" -m metajax.main --config="$config:$string,method=$method" --workdir="$runs/$method-$seed" \
     --config.seed="$seed" "$@"
   # A run that was told to stop ends well too: the others must not start from half of it.
-  [[ -f $runs/$method-$seed/test.json ]] || { echo "mtm.sh: stopped; run again to go on" >&2 && exit 1; }
+  [[ -f $runs/$method-$seed/test.json ]] || { echo "mtm.sh: stopped; run again to resume" >&2 && exit 1; }
 }
 
 declare -A folders

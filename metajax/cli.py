@@ -1,6 +1,7 @@
 """The command line: `metajax COMMAND`, and what its commands share."""
 
 import ast
+import contextlib
 import difflib
 import errno
 import functools
@@ -85,7 +86,7 @@ def parse_flags(values, argv, usage):
   Args:
     values: absl FlagValues in which the flags are defined.
     argv: the command line; the first argument is the program.
-    usage: str.
+    usage: str, or a function that returns it.
 
   Returns:
     the arguments that are no flags.
@@ -99,7 +100,7 @@ def parse_flags(values, argv, usage):
   except flags.Error as error:
     raise UserError(f'command line: {first_line(error)}') from None
   if values.help:
-    print(usage.rstrip(), flush=True)
+    print((usage() if callable(usage) else usage).rstrip(), flush=True)
     sys.exit(0)
   return rest
 
@@ -157,6 +158,8 @@ def list_configs():
 
   summaries = {}
   for name, path in shipped().items():
-    summaries[name] = ast.get_docstring(ast.parse(path.read_text('utf-8'))).split('\n')[0].split(' (')[0].rstrip('.:,')
+    with contextlib.suppress(OSError, ValueError, SyntaxError):  # a file that somebody is still writing
+      text = ast.get_docstring(ast.parse(path.read_text('utf-8'))) or ''
+      summaries[name] = text.split('\n')[0].split(' (')[0].rstrip('.:,')
   width = max(map(len, summaries))
   return '\n'.join(f'  {name:{width}}  {summary}' for name, summary in summaries.items())

@@ -131,7 +131,7 @@ def parse(argv):
       raise UserError(f'command line: two runs are called {name}: name them, as in NAME={folders[0]}')
     named[name] = folders
   if len(named) < 2:
-    raise UserError('command line: two workdirs at least are needed, as in metajax compare runs/a runs/b')
+    raise UserError('command line: at least two workdirs are needed, as in metajax compare runs/a runs/b')
   values.data_dir = cli.data_folder(values.data_dir)
   if values.episodes is not None:
     overrides.append(f'--config.eval.episodes={values.episodes}')

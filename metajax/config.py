@@ -136,15 +136,15 @@ def split_spec(spec):
 
 
 def find_file(name):
-  """The file of a config: `name` itself if it is one, else the shipped config of that name.
+  """The file of a config: the shipped one of that name, else `name` itself if it is a file.
 
   Raises:
     UserError: it is neither.
   """
-  if Path(name).is_file():
-    return name
   if name in (known := shipped()):
     return str(known[name])
+  if Path(name).is_file():
+    return name
   if (stem := Path(name).stem) in known:
     raise UserError(f'--config: there is no file {name}; the shipped config is --config={stem}')
   raise UserError(f'--config: there is no file {name}, and no shipped config of that name{_known(name, known)}')
@@ -155,7 +155,7 @@ def shipped():
   package = Path(__file__).parent
   folders = package / 'configs', package.parent / 'configs'  # installed, and in a checkout
   folder = next((folder for folder in folders if folder.is_dir()), folders[0])
-  return {path.stem: path for path in sorted(folder.glob('[!_]*.py'))}
+  return {path.stem: path for path in sorted(folder.glob('[!_.]*.py'))}
 
 
 def complete(config):

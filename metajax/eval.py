@@ -4,7 +4,7 @@ metajax eval --workdir=DIR [--data_dir=DIR] [--config=NAME[:ARGS]] [--config.KEY
 
   --workdir     folder of the run; its best checkpoint by validation is tested on the test episodes
   --data_dir    where archives of data sets lie or go; $METAJAX_DATA, else ~/metajax_data
-  --config      as in training, to change way and shot by its shorthands; by default the run's own
+  --config      the run's config, to change way and shot by its shorthands; by default the one that it kept
   --config.KEY  what evaluation may change: --config.eval.episodes=10000, --config.eval.inner_steps=10,
                 --config.eval.way=20, --config.eval.head=ridge, --config.eval.ensemble=5, ...
 

@@ -2,7 +2,7 @@
 
 metajax train --config=NAME[:ARGS] [--workdir=DIR] [--mode=MODE] [--data_dir=DIR] [--config.KEY=VALUE ...]
 
-  --config       a config by its name, or a file, and its shorthands: maml_omniglot:way=20,shot=1 or my_config.py
+  --config       name of a shipped config, or path of a file, and its shorthands: maml_omniglot:way=20,shot=1
   --workdir      folder of the run; runs/<config>[-<args>] by default. Run again, it resumes where it stopped
   --mode         train_and_eval (default), train, or eval, which needs only --workdir (see `metajax eval --help`)
   --data_dir     where archives of data sets lie or go; $METAJAX_DATA, else ~/metajax_data
@@ -76,7 +76,7 @@ def parse(argv, mode=None, usage=None):
     flags.DEFINE_integer(name, None, '', flag_values=values)
   if not mode:
     flags.DEFINE_enum('mode', 'train_and_eval', ['train', 'eval', 'train_and_eval'], '', flag_values=values)
-  usage = usage or f'{__doc__}\nconfigs:\n{cli.list_configs()}'
+  usage = usage or (lambda: f'{__doc__}\nconfigs:\n{cli.list_configs()}')
   rest = cli.parse_flags(values, [arg for arg in argv if arg not in overrides], usage)
   if mode:
     flags.DEFINE_string('mode', mode, '', flag_values=values)

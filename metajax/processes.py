@@ -5,6 +5,7 @@ to be shared. They meet at the coordinator's port, from then on watch one anothe
 coordination service, which lives in process 0. A process on its own needs none of this.
 """
 
+import contextlib
 import os
 import re
 import sys
@@ -91,7 +92,7 @@ def find_place(coordinator=None, processes=None, index=None):
   for name, value in flags.items():
     if value is None:
       raise UserError(f'command line: {name} is missing; several processes need {", ".join(flags)}')
-  if not re.fullmatch(r'.+:\d+', coordinator):
+  if not re.fullmatch(r'.+:\d+', coordinator) or int(coordinator.rpartition(':')[2]) >= 2**16:
     raise UserError(f'command line: --coordinator is HOST:PORT of process 0, not {coordinator!r}')
   if not 0 <= index < processes:
     raise UserError(f'command line: --process_id={index} is none of 0 to {processes - 1} (--num_processes={processes})')
@@ -108,8 +109,8 @@ def _slurm_coordinator():
 def _open_mpi_coordinator():
   """HOST:PORT of the launcher, from '4096.0;tcp://10.0.0.1,10.1.0.1:34911'; None from Open MPI 5 on."""
   uri = os.environ.get('OMPI_MCA_orte_hnp_uri', '')  # noqa: SIM112
-  uri = re.match(r'(\d+)\..*?tcp6?://\[?([^,\]]+?)(?:[,\]]|:\d+$)', uri)
-  return uri and f'{uri[2]}:{_port(int(uri[1]) // 2**12)}'  # the job's number is a multiple of 2^12
+  uri = re.match(r'(\d+)\..*?(?:tcp://([^,:;]+)|tcp6://\[([^,\]]+))', uri)
+  return uri and f'{uri[2] or uri[3]}:{_port(int(uri[1]) // 2**12)}'  # the job's number is a multiple of 2^12
 
 
 def _port(job):
@@ -136,24 +137,22 @@ def start(place):
   host, _, port = place.coordinator.rpartition(':')
   host, port, door = host.strip('[]'), int(port), None
   if place.index == 0:
-    absent = f'some of --num_processes={place.processes} did not come to --coordinator={place.coordinator}'
+    absent = f'some of --num_processes={place.processes} did not connect to --coordinator={place.coordinator}'
     try:
       door = watch.listen(host, port)
     except OSError as error:
+      reason = (error.strerror or str(error)).partition(' (while')[0]
       raise UserError(
-        f'--coordinator={place.coordinator}: process 0 cannot listen at port {port} ({os.strerror(error.errno)}): '
-        'choose another'
+        f'--coordinator={place.coordinator}: process 0 cannot listen on port {port} ({reason}): choose another'
       ) from None
   else:
-    absent = f'process 0 does not answer at --coordinator={place.coordinator}'
+    absent = f'process 0 did not answer at --coordinator={place.coordinator}'
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # one log, even of libraries: only errors are told
-  deadline = threading.Timer(
-    _START_SECONDS, exit_at_once, (LOST, f'metajax: {absent} for {_START_SECONDS} s: start them all again')
-  )
-  deadline.daemon = True
-  deadline.start()
+  deadline = _deadline(absent)
   _watch = watch.Watch(place.index, place.processes, host, port, door)
-  service = f'{place.coordinator.rpartition(":")[0]}:{from_first(lambda: _free_port(host))}'
+  deadline.cancel()
+  service = f'{place.coordinator.rpartition(":")[0]}:{from_first(lambda: _free_port(host, port + 1))}'
+  deadline = _deadline(f"all processes met, but could not all connect to JAX's service at {service}")
   jax.config.update('jax_enable_preemption_service', False)  # it would swallow SIGTERM, outside of training too
   jax.distributed.initialize(
     service,
@@ -176,9 +175,21 @@ def start(place):
   deadline.cancel()
 
 
-def _free_port(host):
-  with watch.listen(host) as free:
-    return free.getsockname()[1]
+def _deadline(absent):
+  """A timer that ends this process, with the line why, unless it is cancelled in time."""
+  line = f'metajax: {absent} within {_START_SECONDS} s: start all processes again'
+  timer = threading.Timer(_START_SECONDS, exit_at_once, (LOST, line))
+  timer.daemon = True
+  timer.start()
+  return timer
+
+
+def _free_port(host, wanted):
+  """The port that is wanted if it is free, else any that is."""
+  for port in (wanted, 0):
+    with contextlib.suppress(OSError, OverflowError), watch.listen(host, port) as free:
+      return free.getsockname()[1]
+  raise UserError(f'process 0 finds no free port on {host}')
 
 
 def is_first():

@@ -327,7 +327,7 @@ def _number(result, prefix=''):
 def figures():
   """The module that draws; without matplotlib None, after a line that says so once."""
   try:
-    return system.package('metajax.figures', 'drawing')
+    return system.package('metajax.figures', 'drawing figures')
   except UserError as error:
     print(f'no figures: {error}')
     return None

@@ -9,16 +9,16 @@ metajax sweep --config=NAME[:ARGS] --over KEY=VALUE,VALUE ... [--workdir=DIR] [-
               "data.augment=('flip','crop'),()" are two
   --workdir   each cell has a folder here, named by its values; runs/<config>[-<args>] by default
   --print     show the command of each cell, and do nothing
-  --slurm     show the command that makes it a Slurm array, a task for each cell
+  --slurm     show the command that makes it a Slurm array, a task for each cell (launch/ is in the repository)
   --cell      run this one alone, counted from 0
   --table     show what is finished, and run nothing
   --markdown  write the table as Markdown
   --csv       write fractions in full precision, and the protocol
 
 --config, --data_dir and --config.KEY are those of `metajax train`, and the same for every cell. All cells are looked at
-before the first starts. Run again, finished cells are skipped and others go on where they stopped. A cell that fails is
-told of, and the next one starts. Several sweeps may share a grid: each takes cells that no other is at. SIGTERM has the
-running cell saved, and stops. The exit status is 0 if all cells are finished, 1 if some are not.
+before the first starts. Run again, finished cells are skipped and others resume. A failed cell is reported, and the
+next one starts. Several sweeps may share a grid: each takes only cells that no other is running. SIGTERM saves the
+running cell, and stops. The exit status is 0 if all cells are finished, 1 if some are not.
 
 Rows of the table are cells that differ in their seed alone; see `metajax compare`, whose command line stands below it.
 
@@ -235,7 +235,7 @@ def run_and_show(cells, options):
   """Runs the grid and shows its table; returns the exit status."""
   outcomes, stopped = run(cells)
   if stopped:
-    print('metajax: stopped; run the same command again to go on', file=sys.stderr)
+    print('metajax: stopped; run the same command again to resume', file=sys.stderr)
     return _STOPPED
   print()
   show(cells, options)

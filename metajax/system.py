@@ -26,6 +26,7 @@ try:
 except ImportError:  # Windows
   resource = None
 
+_OPTIONAL = ('matplotlib', 'tensorflow_datasets', 'importlib_resources', 'h5py')  # packages that few runs need
 _LOCKED_BYTE = 2**30  # Windows locks bytes, and nobody else can read those: this one lies behind all text
 _WAIT_SECONDS = 0.2
 
@@ -38,14 +39,14 @@ def package(name, purpose):
     purpose: what needs it, the beginning of an error.
 
   Raises:
-    UserError: a package is not installed.
+    UserError: the package is not installed.
   """
   try:
     return importlib.import_module(name)
   except ModuleNotFoundError as error:
-    missing = (error.name or 'metajax').partition('.')[0].replace('_', '-')
-    if missing == 'metajax':
+    if error.name not in _OPTIONAL:  # metajax itself, or what an optional package needs and lacks
       raise
+    missing = error.name.replace('_', '-')
     raise UserError(f'{purpose} needs {missing}, which is not installed: pip install {missing}') from None
 
 

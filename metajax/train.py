@@ -257,7 +257,7 @@ def train(config, experiment, workdir, checkpoints, stop):
       checkpoints.save(state, score, seconds)
       progress.pause(time.perf_counter() - start)
       if in_flight.stop:
-        progress.say(f'stopped at step {step}, checkpoint saved: run the same command again to go on')
+        progress.say(f'stopped at step {step}, checkpoint saved: run the same command again to resume')
         return
       if step < total and history.exhausted(scores, patience):
         progress.say(f'no better validation in {patience} evaluations: training ends at step {step} of {total}')

@@ -30,12 +30,18 @@ _WELCOME = b'"welcome"\n'
 
 
 def exit_at_once(status, text=None):
-  """Ends this process, whatever its threads wait for."""
-  if text:
-    tqdm.write(text, file=sys.stderr)  # above the progress bar, if there is one
-  sys.stdout.flush()
-  sys.stderr.flush()
+  """Ends this process, whatever its threads wait for, and whether or not it can still print."""
+  _print(text)
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+      stream.flush()
   os._exit(status)
+
+
+def _print(text):
+  if text:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, a full disk, none at all
+      tqdm.write(text, file=sys.stderr)  # above the progress bar, if there is one
 
 
 def listen(host, port=0):
@@ -76,13 +82,13 @@ class Watch:
     self._ending = False  # the first failure is known, and all are on their way out
     self._over = False  # all are done: connections may close
     on_abort(lambda: self._over or time.sleep(_ABORT_SECONDS))
+    _start_thread(self._beat)  # already while others are still to come
     if index:
       self._watch_over(0, _knock(host, port, {'index': index, 'processes': processes, 'host': platform.node()}))
     else:
       with door:
         while len(self._peers) < processes - 1:
           self._admit(door.accept()[0])
-    _start_thread(self._beat)
 
   def _admit(self, connection):
     """Lets one of the others in; whoever is not one of them is turned away."""
@@ -141,6 +147,8 @@ class Watch:
   def _claim(self, status):
     """Whether this process is the first to fail, and so the one that says why."""
     if self.index:
+      if not self._peers:  # process 0 is done and gone, or about to be reported as lost
+        return True
       self._tell({'failed': status})
       return self._verdicts.get()
     with self._changed:
@@ -149,8 +157,7 @@ class Watch:
 
   def _leave(self, status, text=None):
     """Exits; process 0 after the others, which it tells to."""
-    if text:
-      tqdm.write(text, file=sys.stderr)
+    _print(text)
     with self._changed:
       self._ending = True
       if not self.index:
@@ -181,6 +188,7 @@ class Watch:
         self._act(other, peer, json.loads(line))
     with self._changed:
       self._peers.pop(other, None)
+      self._verdicts.put(True)  # whoever waits for the verdict of process 0 has to say why by itself
       self._changed.notify_all()
       expected = self._ending or self._over
     if not expected:
@@ -199,7 +207,7 @@ class Watch:
         self._changed.notify_all()
     elif 'end' in message and not self._ending:
       self._leave(message['end'])
-    elif 'failed' in message:
+    elif 'failed' in message and not self._over:
       first = self._claim(message['failed'])
       peer.send({'claimed': first})
       if first:
@@ -207,8 +215,8 @@ class Watch:
 
   def _lose(self, other, peer):
     line = (
-      f'metajax: process {other} of {self._processes} (on {peer.host}) has died or does not answer, so the others end '
-      'as well: run the same command again to resume from the last checkpoint'
+      f'metajax: process {other} of {self._processes} (on {peer.host}) has died or stopped responding, so the '
+      'others stop too: run the same command again to resume from the last checkpoint'
     )
     if self.index:  # without process 0 there is nobody to ask
       exit_at_once(LOST, line)

@@ -39,10 +39,10 @@ class Writer:
       **times: of `TIMES` those that are known, and others for TensorBoard alone.
     """
     metrics = {f'{split}/{name}': np.asarray(value, np.float64).tolist() for name, value in metrics.items()}
-    kept = {name: round(times[name], 3) for name in TIMES if name in times}
+    kept = {name: float(f'{times[name]:.6g}') for name in TIMES if name in times}
     self._file.write(_line({'step': step, **metrics, **kept}))
     self._file.flush()
-    self._event(step, {**metrics, **times})
+    self._event(step, {**metrics, **(times if split == 'train' else {})})
 
   def _event(self, step, metrics):
     """Adds values to the TensorBoard events."""

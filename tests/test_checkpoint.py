@@ -245,7 +245,7 @@ def test_best_weights_are_of_the_best_that_is_sound(tmp_path, capsys, field):
 def test_writer_drops_what_lies_beyond_the_checkpoint_and_a_line_cut_off(tmp_path):
   first = writer.Writer(tmp_path, 0)
   for step in range(1, 5):
-    first.write(step, 'train', {'loss': 1 / step}, time=1.23456, waiting_for_data=0.5)
+    first.write(step, 'train', {'loss': 1 / step}, time=1.234567, waiting_for_data=0.5)
   first.close()
   path = tmp_path / 'metrics.jsonl'
   whole = path.read_text()
@@ -254,7 +254,7 @@ def test_writer_drops_what_lies_beyond_the_checkpoint_and_a_line_cut_off(tmp_pat
   second = writer.Writer(tmp_path, 2)
   assert [record['step'] for record in writer.read(tmp_path)] == [1, 2]
   for step in (3, 4):
-    second.write(step, 'train', {'loss': 1 / step}, time=1.23456)
+    second.write(step, 'train', {'loss': 1 / step}, time=1.234567)
   second.close()
   assert path.read_text() == whole
-  assert json.loads(whole.splitlines()[2]) == {'step': 3, 'train/loss': 1 / 3, 'time': 1.235}
+  assert json.loads(whole.splitlines()[2]) == {'step': 3, 'train/loss': 1 / 3, 'time': 1.23457}

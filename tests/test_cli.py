@@ -100,9 +100,27 @@ def test_configs_are_found_by_name_and_by_path(tmp_path, monkeypatch):
   by_path = config_lib.load(str(ROOT / 'configs' / 'maml_mini.py') + ':way=7')
   monkeypatch.chdir(tmp_path)
   assert config_lib.load('maml_mini:way=7') == by_path
-  (tmp_path / 'maml_mini').write_text('')  # a file of that name comes first
-  with pytest.raises(UserError, match='maml_mini is not a Python file'):
-    config_lib.load('maml_mini')
+  (tmp_path / 'maml_mini').write_text('a log')
+  (tmp_path / 'quickstart').mkdir()
+  assert config_lib.load('maml_mini:way=7') == by_path and config_lib.load('quickstart')
+  (tmp_path / 'mine').write_text('a log')
+  with pytest.raises(UserError, match='mine is not a Python file'):
+    config_lib.load('mine')
+  with pytest.raises(UserError, match='there is no file'):
+    config_lib.load(':way=7')
+
+
+def test_a_file_that_is_no_config_yet_does_not_matter_to_the_others(tmp_path, monkeypatch, capsys):
+  (tmp_path / 'good.py').write_text('"""Good (2026)."""')
+  (tmp_path / 'silent.py').write_text('x = 1')
+  (tmp_path / 'broken.py').write_text('def')
+  (tmp_path / '.#open.py').symlink_to('nowhere')
+  monkeypatch.setattr(config_lib, '__file__', str(tmp_path / 'metajax' / 'config.py'))
+  (tmp_path / 'metajax').mkdir()
+  (tmp_path / 'configs').mkdir()
+  for path in tmp_path.glob('*.py'):
+    path.rename(tmp_path / 'configs' / path.name)
+  assert cli.list_configs() == '  good    Good\n  silent  '
 
 
 @pytest.mark.parametrize(
@@ -125,6 +143,12 @@ def test_the_package_holds_every_folder_of_code_and_every_config():
   packages = {'.'.join(folder.parts) for folder in folders}
   assert {*packages, 'metajax.configs'} == set(PROJECT['tool']['setuptools']['packages'])
   assert PROJECT['tool']['setuptools']['package-dir'] == {'metajax.configs': 'configs'}
+
+
+def test_nothing_private_of_jax_is_used():
+  for folder in ('metajax', 'configs', 'benchmarks'):
+    for path in (ROOT / folder).rglob('*.py'):
+      assert not re.search(r'\bjax\._src\b|\bjaxlib\b', path.read_text()), path
 
 
 def test_requirements_name_what_the_code_imports():

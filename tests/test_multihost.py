@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from metajax import main, processes
+from metajax import main, processes, watch
 from metajax.errors import UserError
 from tests import kill_and_resume
 from tests.conftest import ROOT, TINY, start
@@ -231,8 +231,8 @@ def test_when_process_0_is_killed_the_other_says_so_and_the_run_goes_on(cache, t
   wait_for_steps(workdir, 3, run)
   run[0].kill()
   since = time.monotonic()
-  status = run[1].wait(60)
-  assert time.monotonic() - since < 60 and status == processes.LOST
+  status = run[1].wait(400)
+  assert time.monotonic() - since < watch.SILENT_SECONDS and status == processes.LOST  # not by silence
   (_, _, _), (_, output, errors) = ends(run)
   assert output == ''
   line = errors.splitlines()[-1]
@@ -255,9 +255,9 @@ def test_local_sh_refuses_what_is_no_number(arguments, message):
   assert result.returncode == 2 and message in result.stderr and result.stderr.count('\n') == 1
 
 
-def test_when_another_process_is_killed_process_0_ends_within_a_minute_and_the_run_goes_on(killed, cache):
+def test_when_another_process_is_killed_process_0_ends_at_once_and_the_run_goes_on(killed, cache):
   workdir, (status, _, errors), seconds = killed.result()
-  assert status == processes.LOST and seconds < 60
+  assert status == processes.LOST and seconds < watch.SILENT_SECONDS
   assert errors.count('\n') == 1 and errors.startswith('metajax: process 1 of 2 (on ') and 'has died' in errors
   assert 'run the same command again' in errors
   assert_goes_on(workdir)
@@ -297,6 +297,16 @@ ADDRESS = 'host:1234'
     ((None, None, None), {**SLURM, 'SLURM_STEP_NUM_TASKS': '1'}, None),  # an interactive shell, srun -n 1
     ((None, None, None), {'SLURM_JOB_ID': '1', 'SLURM_NTASKS': '8', 'SLURM_PROCID': '0'}, None),  # the batch script
     ((None, None, None), OPEN_MPI, ('10.0.0.1:61441', 2, 1, None)),
+    (
+      (None, None, None),
+      {**OPEN_MPI, 'OMPI_MCA_orte_hnp_uri': '4096.0;tcp://10.0.0.1:34911;tcp6://[fe80::1]:34912'},
+      ('10.0.0.1:61441', 2, 1, None),
+    ),
+    (
+      (None, None, None),
+      {**OPEN_MPI, 'OMPI_MCA_orte_hnp_uri': '4096.0;tcp6://[fe80::1,fe80::2]:34912'},
+      ('fe80::1:61441', 2, 1, None),
+    ),
     ((None, None, None), {**OPEN_MPI, **SLURM}, ('10.0.0.1:61441', 2, 1, None)),  # mpirun in a Slurm job
     ((None, None, None), {'OMPI_COMM_WORLD_SIZE': '1', 'KUBERNETES_SERVICE_HOST': 'x'}, None),
   ],
@@ -314,6 +324,7 @@ def test_a_process_finds_its_place(flags, environment, place, monkeypatch):
     ((ADDRESS, 2, None), '--process_id is missing'),
     ((None, 2, 0), '--coordinator=HOST:PORT is missing'),
     (('host', 2, 0), 'is HOST:PORT'),
+    (('host:99999', 2, 0), 'is HOST:PORT'),
     ((ADDRESS, 2, 2), '--process_id=2 is none of 0 to 1'),
     ((ADDRESS, 2, -1), '--process_id=-1'),
     ((ADDRESS, 0, 0), '--num_processes=0'),
@@ -345,11 +356,11 @@ def test_a_port_in_use_is_told_at_once(shared_cache):
     flags = f'--coordinator=127.0.0.1:{port}', '--num_processes=2', '--process_id=0'
     [(status, output, errors)] = ends([start(*SETTINGS, *flags, **environment(shared_cache))])
   assert (status, output) == (2, '')
-  assert errors.count('\n') == 1 and f'cannot listen at port {port} (Address already in use)' in errors
+  assert errors.count('\n') == 1 and f'cannot listen on port {port} (Address already in use)' in errors
 
 
 @pytest.mark.parametrize(
-  ('index', 'message'), [(0, 'some of --num_processes=2 did not come'), (1, 'process 0 does not answer at')]
+  ('index', 'message'), [(0, 'some of --num_processes=2 did not connect'), (1, 'process 0 did not answer at')]
 )
 def test_processes_that_do_not_meet_end_with_one_line(index, message):
   code = f"""
@@ -361,4 +372,4 @@ processes.start(processes.Place('127.0.0.1:9', 2, {index}, None))
     code = code.replace(':9', ':0')
   result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60)
   assert result.returncode == processes.LOST
-  assert message in result.stderr and 'for 1 s' in result.stderr and result.stderr.count('\n') == 1
+  assert message in result.stderr and 'within 1 s' in result.stderr and result.stderr.count('\n') == 1

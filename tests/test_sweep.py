@@ -269,7 +269,7 @@ def test_sigterm_is_handed_on_and_stops_the_sweep(started, capsys):
   assert run(*GRID) == 128 + signal.SIGTERM
   assert names(started) == ['shot=1,seed=0', 'shot=2,seed=0']
   assert signal.getsignal(signal.SIGTERM) is before
-  assert capsys.readouterr().err == 'metajax: stopped; run the same command again to go on\n'
+  assert capsys.readouterr().err == 'metajax: stopped; run the same command again to resume\n'
 
 
 @pytest.mark.parametrize('of_terminal', [True, False])

@@ -190,7 +190,7 @@ assert compare.main(['metajax compare', *runs]) == 0
 assert compare.main(['metajax compare', *runs, '--figure={tmp_path}/figure.png']) == 2
 """
   output = python(program, shared_cache)
-  line = 'no figures: drawing needs matplotlib, which is not installed: pip install matplotlib'
+  line = 'no figures: drawing figures needs matplotlib, which is not installed: pip install matplotlib'
   assert output.count('no figures') == 1 and line in output.splitlines()
   assert output.count('\ntest: ') == 2 and not (tmp_path / '0' / 'figures').exists()
 

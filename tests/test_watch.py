@@ -3,8 +3,10 @@
 import concurrent.futures
 import contextlib
 import json
+import os
 import socket
 import threading
+import time
 
 import pytest
 
@@ -75,14 +77,54 @@ def test_values_arrive_in_order_and_all_finish(exits):
 
 
 @pytest.mark.parametrize('number', [0, 1, 2])
-def test_who_dies_ends_all_others_at_once_and_one_line_says_who(exits, number):
+def test_who_dies_ends_all_others_at_once_and_one_line_says_who(exits, number, monkeypatch):
+  told = []
+  monkeypatch.setattr(watch.tqdm, 'write', lambda text, file: told.append(text))
   watches = meet()
   die(watches[number])
   ended = [exits.get(timeout=60) for _ in range(3 if number else 2)]  # what has died here notices, too
   assert {status for status, _ in ended} == {watch.LOST}
-  lines = [text for _, text in ended if text]
-  if number == 0:
-    assert all(line.startswith('metajax: process 0 of 3 (on 127.0.0.1) has died') for line in lines) and lines
+  if number == 0:  # there is nobody to agree with: each says so; what has died here thinks it of the others
+    told = [text for _, text in ended if text and 'process 0' in text]
+    assert all(line.startswith('metajax: process 0 of 3 (on 127.0.0.1) has died') for line in told) and told
+  else:
+    assert [line.partition(' (')[0] for line in told] == [f'metajax: process {number} of 3']
+
+
+def test_the_last_to_come_is_waited_for(exits, monkeypatch):
+  """Who waits with process 0 hears of it all the while."""
+  monkeypatch.setattr(watch, '_BEAT_SECONDS', 0.05)
+  door = watch.listen('127.0.0.1')
+  port = door.getsockname()[1]
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    first = pool.submit(watch.Watch, 0, 3, '127.0.0.1', port, door)
+    second = pool.submit(watch.Watch, 1, 3, '127.0.0.1', port).result(60)
+    heard = second._peers[0].heard
+    while second._peers[0].heard - heard < 0.5:
+      time.sleep(0.01)
+    made.extend([second, pool.submit(watch.Watch, 2, 3, '127.0.0.1', port).result(60), first.result(60)])
+  assert exits.empty()
+
+
+def test_a_failure_after_the_end_is_told_by_itself(exits):
+  watches = meet(2)
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    assert all(future.result(60) is None for future in [pool.submit(w.finish) for w in watches])
+    claim = pool.submit(watches[1]._claim, 7)
+    die(watches[0])
+    assert claim.result(60) is True
+  assert watches[1]._claim(7) is True  # also when process 0 has been gone for long
+
+
+def test_a_process_ends_where_it_cannot_print(monkeypatch):
+  ended = []
+  monkeypatch.setattr(watch.os, '_exit', ended.append)
+  for stream in (None, open(os.devnull)):  # noqa: SIM115
+    with monkeypatch.context() as patch:
+      patch.setattr(watch.sys, 'stderr', stream)
+      patch.setattr(watch.sys, 'stdout', stream)
+      watch.exit_at_once(3, 'a line')
+  assert ended == [3, 3]
 
 
 @pytest.mark.parametrize('number', [0, 2])
@@ -96,18 +138,16 @@ def test_the_first_failure_gives_all_its_status_and_is_told_once(exits, number, 
   assert told == ['why']
 
 
-def test_two_failures_at_once_have_one_status(exits, monkeypatch):
-  monkeypatch.setattr(watch, 'SILENT_SECONDS', 0.5)
-  monkeypatch.setattr(watch, '_BEAT_SECONDS', 0)
+def test_two_failures_at_once_have_one_status(exits):
   watches = meet()
   claims = [w._claim(status) for w, status in zip(watches, (5, 6, 7), strict=True)]
   assert claims == [True, False, False]
 
 
 def test_a_machine_that_is_gone_is_noticed_by_its_silence(exits, monkeypatch):
-  monkeypatch.setattr(watch, 'SILENT_SECONDS', 0.3)
   monkeypatch.setattr(watch, '_BEAT_SECONDS', 0.05)
   watches = meet(2)
+  monkeypatch.setattr(watch, 'SILENT_SECONDS', 0.3)
   watches[1]._peers[0].send = lambda message: None
   status, _ = exits.get(timeout=60)
   assert status == watch.LOST

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs metajax as a package, with the newest packages that pip resolves, for each interpreter that it is given, and
-# runs the quick start and the tests marked `smoke`:
+# For each interpreter that it is given, installs metajax as a package with the newest packages that pip resolves, runs
+# the quick start by the installed command, and then the checkout's tests marked `smoke`:
 #
 #   tests/versions.sh python3.12 python3.13
 #
@@ -10,7 +10,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
 
-minor() { "$1" -c 'import sys; print(sys.version_info.minor)' 2>/dev/null; }
+minor() { # of an interpreter that can make virtual environments
+  "$1" -c 'import ensurepip, sys, venv; print(sys.version_info.minor)' 2>/dev/null
+}
 
 newest_other() {
   local own version candidate
@@ -18,11 +20,11 @@ newest_other() {
     echo "$METAJAX_OTHER_PYTHON"
     return
   fi
-  own=$(minor python3)
+  own=$(minor python3 || true)
   for version in 14 13 12 11; do
     [[ $version == "$own" ]] && continue
-    for candidate in "python3.$version" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3."$version".*/bin/python; do
-      if [[ $(minor "$candidate") == "$version" ]]; then
+    for candidate in "python3.$version" $(ls -d "${PYENV_ROOT:-$HOME/.pyenv}/versions/3.$version".*/bin/python 2>/dev/null | sort -rV); do
+      if [[ $(minor "$candidate" || true) == "$version" ]]; then
         echo "$candidate"
         return
       fi
@@ -32,10 +34,11 @@ newest_other() {
 
 interpreters=("$@")
 if (($# == 0)); then
-  mapfile -t interpreters < <(newest_other)
+  found=$(newest_other)
+  interpreters=(${found:+"$found"})
 fi
 if ((${#interpreters[@]} == 0)); then
-  echo 'versions.sh: found no other Python than python3: no other version was tried'
+  echo 'versions.sh: found no Python besides python3, so no other version was tested'
   exit 0
 fi
 
@@ -44,6 +47,7 @@ for interpreter in "${interpreters[@]}"; do
   trap 'rm -rf "$folder"' EXIT
   "$interpreter" -m venv "$folder/venv"
   python=$folder/venv/bin/python
+  rm -rf "$root/build" # of an earlier build: setuptools would put what it holds into the package
   "$python" -m pip install --quiet "$root[test]"
   export METAJAX_CACHE=$folder/cache
   (

@@ -1,4 +1,4 @@
-"""Prepares data sets ahead of training, and looks what there is.
+"""Prepares data sets ahead of training, and shows what is available.
 
 metajax data NAME [--data_dir=DIR] [--SETTING=VALUE ...] [--skip_bad]   find or download it, and convert it
 metajax data NAME [--data_dir=DIR] [--SETTING=VALUE ...] --check        look for what is wrong with it
@@ -34,11 +34,11 @@ def main(argv):
   cli.log_plainly()
   name, flags, settings = _parse(argv[1:])
   data_dir = cli.data_folder(settings.pop('data_dir', None))
-  if 'list' in flags:
+  if 'help' in flags or not (name or 'list' in flags):
+    print(__doc__.rstrip())
+  elif 'list' in flags:
     for each in [name] if name else config_lib.names('data'):
       _list(each, data_dir)
-  elif 'help' in flags or not name:
-    print(__doc__.rstrip())
   elif 'check' in flags:
     return _check(name, data_dir, settings)
   else:
