@@ -134,6 +134,7 @@ for name in ('sched_getaffinity', 'uname', 'fork', 'forkpty', 'posix_fadvise', '
              'killpg', 'setsid', 'statvfs', 'getloadavg'):
   if hasattr(os, name):
     delattr(os, name)
+os.process_cpu_count = os.cpu_count  # as there
 for name in ('SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGALRM', 'SIGKILL', 'SIGQUIT'):
   delattr(signal, name)
 for name in [name for name in dir(mmap) if name.startswith('MADV_')]:
