@@ -182,6 +182,9 @@ for module in pkgutil.walk_packages(metajax.__path__, 'metajax.'):
 for module in pkgutil.iter_modules(benchmarks.__path__):
   if module.name not in ('rivals', 'torch_maml'):  # these need PyTorch
     importlib.import_module(f'benchmarks.{{module.name}}')
+from benchmarks import maml_step
+tiny = ['--shape=omniglot', '--image=16x16x1', '--width=4', '--query_shot=2', '--inner_steps=2', '--tasks=2']
+maml_step.main([*tiny, '--order=1', '--rounds=1', '--implementations=metajax'])
 from metajax import compare, main
 for seed in (0, 1):
   arguments = ['metajax', '--config={TINY}', '--config.model.name=mlp', f'--config.seed={{seed}}']
