@@ -319,8 +319,8 @@ def test_errors_of_the_command_line(make, tmp_path, capsys):
   (damaged / 'config.json').write_text('{')
   (tmp_path / 'empty').mkdir()
   for arguments, message in [
-    ([], 'two workdirs at least'),
-    ([a], 'two workdirs at least'),
+    ([], 'at least two workdirs'),
+    ([a], 'at least two workdirs'),
     ([a, tmp_path / 'empty'], f'{tmp_path}/empty holds no run'),
     ([a, tmp_path / 'none'], f'{tmp_path}/none holds no run'),
     ([a, f'n={tmp_path}/none,{b}'], f'{tmp_path}/none holds no run'),
