@@ -13,8 +13,8 @@ metajax compare RUN RUN ... [--markdown=FILE] [--csv=FILE] [--figure=FILE.png]
   --csv        write fractions in full precision, and the protocol
   --figure     draw means and differences
 
-What a run's test left in test_episodes.json is read; where it does not fit, the checkpoint is evaluated. Nothing
-in the workdirs is changed, so a run may be training still. Ensembles that were tested are compared with each other.
+What a run's tests left in tests/ is read; where none of them fits, the checkpoint is evaluated. Nothing in the
+workdirs is changed, so a run may be training still. Ensembles that were tested are compared with each other.
 
 The intervals, 1.96 std / sqrt(episodes), cover the choice of test episodes and not the randomness of training: another
 seed may well fall outside. Differences are taken on each episode, which is as hard for one run as for the other, and
@@ -184,7 +184,9 @@ def read(folder, config, data_dir, last=False):
         raise UserError(f'{folder} holds no checkpoint to evaluate, and {why_not}: train first')
       print(f'{folder}: {why_not}: evaluating its {"last" if last else "best"} checkpoint', flush=True)
       try:
-        experiment = experiment_lib.make(config, data_dir, validated=False)
+        kept = workdir_lib.read_data(folder)
+        splits = kept['splits'] if kept else None
+        experiment = experiment_lib.make(config, data_dir, ('test',), validated=False, kept=splits)
         state = train.load(checkpoints, experiment, config, last)
         values = report.make_test(config, experiment)(state)
       except UserError as error:
@@ -206,12 +208,23 @@ def read(folder, config, data_dir, last=False):
 
 
 def _stored(folder, config, wanted_step, last=False):
-  """What `test_episodes.json` holds, or None and why it will not do.
+  """What a test of a run has left that fits, one with an ensemble before one without; or None and why none will do.
+
+  Arguments as for `_read_test`.
+  """
+  latest, others = Path(folder) / 'test_episodes.json', sorted(Path(folder).glob('tests/*/test_episodes.json'))
+  found = [_read_test(path, config, wanted_step, last) for path in (latest, *others)]
+  fitting = [stored for stored, _ in found if stored is not None]
+  fitting.sort(key=lambda stored: not stored.get('ensemble_checkpoints'))
+  return (fitting[0], None) if fitting else found[0]
+
+
+def _read_test(path, config, wanted_step, last=False):
+  """What a `test_episodes.json` holds, or None and why it will not do.
 
   With `last`, what it has of the last checkpoint stands in place of the best's; where it has nothing of that, the best
   may be the last.
   """
-  path = Path(folder) / 'test_episodes.json'
   try:
     stored = json.loads(path.read_text())
     faced, quantity = dict(stored['protocol']), _quantity(stored)
@@ -221,13 +234,14 @@ def _stored(folder, config, wanted_step, last=False):
       values = np.array(stored[name], np.float32)
       if values.shape != (faced['episodes'],) or not np.isfinite(values).all():
         raise ValueError('not one number for each episode')
-    for name in report.FOUND:
-      del faced[name]
+    found = [faced.pop(name) for name in report.FOUND if name in faced]
     step, adaptation = int(stored['checkpoint_step']), {name: stored.get(name) for name in report.adaptation(config)}
   except FileNotFoundError:
     return None, 'there is no test_episodes.json'
   except (OSError, ValueError, KeyError, TypeError) as error:
     return None, f'test_episodes.json is damaged ({type(error).__name__}: {first_line(error)})'
+  if len(found) < len(report.FOUND):
+    return None, 'test_episodes.json is of an older version'
   wanted = {**report.protocol(config), **report.adaptation(config)}
   stale = [name for name in differing([wanted, {**faced, **adaptation}]) if name != 'episodes']
   if stale:
@@ -260,6 +274,10 @@ def _refuse(protocols, hint):
     folders = {}
     for folder, protocol in protocols.items():
       folders.setdefault(_brief(protocol.get(key)), []).append(folder)
+    if key == 'test_data':
+      each = [' and '.join(same) for same in folders.values()]
+      faults.append(f'the test classes or their images are not the same in {", ".join(each)}')
+      continue
     faults.append(f'{key} is ' + ', but '.join(f'{value} in {" and ".join(each)}' for value, each in folders.items()))
   if faults:
     raise UserError(f'the protocols differ: {"; ".join(faults)}{hint}')

@@ -1,12 +1,16 @@
 """Evaluation on fixed episodes: adapt, predict, mean and 95 % interval; of one model, and of several as an ensemble."""
 
 import functools
+import hashlib
+import time
+import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax import keys, parallel
+from metajax import keys, parallel, processes
 
 _BATCH = 100  # at most so many episodes a dispatch
 
@@ -24,8 +28,8 @@ def make(algorithm, objective, source, *, episodes, seed, chunk='auto', trajecto
     trajectory: report every inner step instead of the last alone.
 
   Returns:
-    evaluate(params, model_state, resident) -> {metric: (episodes,) float32 array, or (episodes, inner_steps + 1) with
-    `trajectory`}; `resident` is `source.resident`, replicated.
+    evaluate(params, model_state, resident, partial=None) -> {metric: (episodes,) float32 array, or (episodes,
+    inner_steps + 1) with `trajectory`}; `resident` is `source.resident`, replicated. With a `Partial` it resumes.
   """
 
   def metrics(params, model_state, episode, rng):
@@ -106,12 +110,54 @@ def _of_classes(outputs, episode):
   return outputs[..., : episode.class_ids.size] if episode.class_ids.size else outputs
 
 
+class Partial:
+  """The results of an evaluation so far, in a file: one that was interrupted resumes.
+
+  Args:
+    folder: where the file goes.
+    weights: pytree of what is evaluated, which the file is called after.
+  """
+
+  _EVERY = 10  # seconds
+
+  def __init__(self, folder, weights):
+    digest = hashlib.blake2b(digest_size=8)
+    for leaf in jax.tree.leaves(jax.device_get(weights)):
+      digest.update(np.ascontiguousarray(leaf))
+    self._path = Path(folder) / f'partial-{digest.hexdigest()}.npz'
+    self._time = time.monotonic()
+
+  def read(self):
+    """{metric: list of a value, or values, for each episode}; {} where there is nothing that can be read."""
+    try:
+      with np.load(self._path) as file:
+        results = {name: file[name].tolist() for name in file}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+      return {}
+    print(f'going on after {len(next(iter(results.values())))} episodes that were evaluated before')
+    return results
+
+  def write(self, results):
+    """Replaces the file if it is older than some seconds; `results` is a list of {metric: array}."""
+    if time.monotonic() - self._time < self._EVERY:
+      return
+    temporary = self._path.with_suffix('.tmp.npz')
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(temporary, **{name: np.concatenate([each[name] for each in results if each]) for name in results[-1]})
+    temporary.replace(self._path)
+    self._time = time.monotonic()
+
+  def remove(self):
+    """Removes the file, once the results are elsewhere."""
+    self._path.unlink(missing_ok=True)
+
+
 def _over_episodes(function, source, episodes, seed, chunk):
   """Compiles `function(params, model_state, episode, rng)` for the first `episodes` of a source.
 
   Returns:
-    evaluate(params, model_state, resident) -> a pytree like `function`'s, of NumPy arrays with a leading axis of
-    `episodes`.
+    evaluate(params, model_state, resident, partial=None) -> a pytree like `function`'s, of NumPy arrays with a leading
+    axis of `episodes`; for a `Partial` it is a dict.
   """
   key = parallel.replicate(keys.from_seed(seed))
   size = min(_BATCH, episodes)
@@ -132,18 +178,37 @@ def _over_episodes(function, source, episodes, seed, chunk):
 
   step = parallel.over_devices(step)
 
-  def evaluate(params, model_state, resident):
-    results = []
-    for start in range(0, episodes, size):
+  def batches(params, model_state, resident, done):
+    """Yields what comes of each dispatch after the first `done` episodes.
+
+    One is in flight at a time: collectives of several that do not depend on one another can block each other. The host
+    lays out the next one meanwhile.
+    """
+    pending = None
+    for start in range(done, episodes, size):
       local = parallel.lay_out(source.sample(start + first, count), size, chunk)
-      if results:
-        # One dispatch at a time: collectives of several that do not depend on one another can block each other.
-        results[-1] = jax.device_get(results[-1])
-      results.append(step((params, model_state), (resident, key, np.int32(start)), local))
-    results[-1] = jax.device_get(results[-1])
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:episodes], *results)
+      if pending is not None:
+        yield jax.device_get(pending)
+      pending = step((params, model_state), (resident, key, np.int32(start)), local)
+    if pending is not None:
+      yield jax.device_get(pending)
+
+  def evaluate(params, model_state, resident, partial=None):
+    results = [_arrays(processes.from_first(partial.read))] if partial else []
+    done = sum(len(jax.tree.leaves(result)[0]) for result in results if result)
+    if done % size:
+      results, done = [], 0
+    for result in batches(params, model_state, resident, done):
+      results.append(result)
+      if partial:
+        partial.write(results)
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:episodes], *filter(None, results))
 
   return evaluate
+
+
+def _arrays(lists):
+  return {name: np.array(values, np.float32) for name, values in lists.items()}
 
 
 def summarise(results):

@@ -10,7 +10,7 @@ import optax
 from metajax import config as config_lib
 from metajax import heads, losses, optimizers, parallel, processes
 from metajax.checkpoint import KEEP_BEST
-from metajax.data import episodes, hard_tasks
+from metajax.data import episodes, hard_tasks, identity, table
 from metajax.errors import UserError
 from metajax.types import Algorithm, Phase, TaskWeighting
 
@@ -42,15 +42,16 @@ _COUNTS_OR_ZERO = (
 )
 
 
-def make(config, data_dir, needed=('train', 'test'), *, validated=True):
+def make(config, data_dir, needed=('train', 'test'), *, validated=True, kept=None):
   """Loads the data and builds what the config names.
 
   Args:
     config: complete.
     data_dir: where archives of data sets lie.
-    needed: the splits that the data must have.
+    needed: the splits that the data must have; evaluation needs 'test' alone.
     validated: whether there are episodes of its val split too, if it has one; evaluation needs none, and that split may
       be too small for evaluation's way.
+    kept: the identity of the run's data, see `data.identity.describe`, which this data must have; None for a new run.
   """
   for name in (*_COUNTS, *_COUNTS_OR_ZERO):
     value, least = config_lib.get(config, name), int(name in _COUNTS)
@@ -58,16 +59,14 @@ def make(config, data_dir, needed=('train', 'test'), *, validated=True):
       raise UserError(f'config.{name} = {value!r}: a whole number from {least} on is needed')
   if config.eval.ensemble > KEEP_BEST:
     raise UserError(f'config.eval.ensemble = {config.eval.ensemble}: only the {KEEP_BEST} best checkpoints are kept')
-  splits = processes.first_then_others(lambda: config_lib.build(config, 'data', str(data_dir)))
-  for split in needed:
-    if split not in splits:
-      hint = ', or use --mode=train' if split == 'test' else ''
-      raise UserError(f'config.data: {config.data.name} has no {split} split: add one{hint}')
-  if config.eval.ensemble and 'val' not in splits:
+  splits = load_splits(config, data_dir, needed, validated=validated, kept=kept)
+  if config.eval.ensemble and validated and 'val' not in splits:
     raise UserError(f'config.eval.ensemble: {config.data.name} has no val split to choose by: add one, or set it to 0')
 
   used = {*needed, 'train', *(['val'] if validated else [])}
   sources = make_sources(config, {split: data for split, data in splits.items() if split in used})
+  if 'train' not in splits:  # evaluation needs it for nothing but shapes
+    splits['train'], sources['train'] = splits[needed[0]], sources[needed[0]]
   shapes = jax.eval_shape(sources['train'].decode, sources['train'].resident, sources['train'].sample(0, 1))
   targets = shapes.query.targets
   regression = jnp.issubdtype(targets.dtype, jnp.floating)
@@ -80,7 +79,7 @@ def make(config, data_dir, needed=('train', 'test'), *, validated=True):
   if config.eval.inner_lr is not None and config.algorithm.get('learned_lr', 'no') != 'no':
     raise UserError('config.eval.inner_lr: step sizes are learned, and evaluation has no others')
   way = config.data.way if config.eval.way is None else config.eval.way
-  classes = sources['train'].num_classes
+  classes = len(kept['train']) if kept and 'train' in kept else sources['train'].num_classes
   supplied = {'objective': objective, 'num_classes': classes}
   algorithm = config_lib.build(
     config, 'algorithm', model, way=classes if config.data.batch else config.data.way, **supplied
@@ -118,7 +117,7 @@ def make(config, data_dir, needed=('train', 'test'), *, validated=True):
       'weighting',
       tasks=config.data.tasks,
       tx=tx,
-      num_classes=sources['train'].num_classes,
+      num_classes=classes,
       superclass_ids=superclass_ids(splits['train']),
     ),
     tx=tx,
@@ -126,6 +125,25 @@ def make(config, data_dir, needed=('train', 'test'), *, validated=True):
     example=example,
     hard=make_hard(config, splits['train'], sources['train']) if config.data.hard_updates else None,
   )
+
+
+def load_splits(config, data_dir, needed, *, validated, kept):
+  """The data of each split; arguments and errors as in `make`."""
+  splits = processes.first_then_others(lambda: config_lib.build(config, 'data', str(data_dir)))
+  for split, data in splits.items():
+    if isinstance(data, table.ClassTable):
+      table.check(data, f'config.data: the {split} split of {config.data.name}')
+  splits, notes = identity.settle(splits, kept or {}, {*needed, 'val'} if validated else needed)
+  for note in notes if processes.is_first() else ():
+    print(f'{config.data.name}: {note}')
+  for split in needed:
+    if split not in splits:
+      hint = ', or use --mode=train' if split == 'test' else ''
+      raise UserError(f'config.data: {config.data.name} has no {split} split: add one{hint}')
+  found = identity.describe(splits)
+  if processes.from_first(lambda: found) != found:
+    raise UserError(f'config.data: {config.data.name} has other classes or images here than on process 0')
+  return table.share(splits)
 
 
 def with_head(config, algorithm, objective, way):

@@ -1,8 +1,10 @@
 """What a finished run has to show: the test, `test.json`, figures, and one line for a person."""
 
 import functools
+import hashlib
 import itertools
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import jax
 import numpy as np
 
 from metajax import config as config_lib
-from metajax import evaluate, heads, networks, parallel, processes, system, writer
-from metajax.data import episodes
+from metajax import evaluate, heads, losses, networks, parallel, processes, system, writer
+from metajax import workdir as workdir_lib
+from metajax.data import episodes, identity
 from metajax.errors import UserError
 from metajax.files import write_atomically
 from metajax.progress import readable
@@ -20,22 +23,25 @@ _NOTES = 20  # at most so many on what the data set lacks; its manifest has all
 # Settings of the data that say nothing of which test episodes there are: what training alone sees, what stands in the
 # protocol by itself, and in which form the network gets to see the same examples.
 _NO_PROTOCOL = (
-  *('group', 'name', 'way', 'shot', 'query_shot', 'tasks', 'placement', 'augment', 'normalize', 'oracle'),
+  *('group', 'name', 'path', 'way', 'shot', 'query_shot', 'tasks', 'placement', 'augment', 'normalize', 'oracle'),
   *('train_per_class', 'batch', 'hard_updates', 'random_updates'),
 )
 
-FOUND = ('batch_norm', 'dataset_notes')  # what of the protocol is no setting, but found when a run is evaluated
+# What of the protocol is no setting, but found when a run is evaluated.
+FOUND = ('batch_norm', 'dataset_notes', 'test_data')
 
 
 def test(config, experiment, state, workdir, checkpoints):
   """Evaluates `state` on the test episodes; process 0 writes the results and figures, and prints the test line.
 
-  They are `test_episodes.json`, see `episode_results`, and when that is there `test.json`. With `eval.last` and
-  `eval.ensemble` both have the numbers of the last checkpoint, see `evaluate_last`, and of the ensemble, see
-  `evaluate_ensemble`, besides, and their lines stand before that of `state`.
+  They are `test_episodes.json`, see `episode_results`, `test.json` and the figures of the test, in a folder of the
+  protocol's own, `tests/<NAME>`; the workdir has copies of the last test's. With `eval.last` and `eval.ensemble` both
+  files have the numbers of the last checkpoint, see `evaluate_last`, and of the ensemble, see `evaluate_ensemble`,
+  besides, and their lines stand before that of `state`.
   """
-  start = time.perf_counter()
-  test_fn = make_test(config, experiment)
+  each, start = circumstances(config, experiment, state), time.perf_counter()
+  folder = Path(workdir) / 'tests' / _name(config, each)
+  test_fn = make_test(config, experiment, folder)
   values = test_fn(state)
   seconds = time.perf_counter() - start
   of_last, last_step = evaluate_last(config, checkpoints, test_fn, state, values)
@@ -43,7 +49,7 @@ def test(config, experiment, state, workdir, checkpoints):
   if not processes.is_first():
     return
 
-  each = episode_results(config, experiment, state, values)
+  each |= _of_each_episode(values)
   faced, summary = each['protocol'], evaluate.summarise(values)
   classification = 'accuracy' in summary
   result = _after_last_step(summary)
@@ -57,6 +63,8 @@ def test(config, experiment, state, workdir, checkpoints):
     'split': 'test',
     'dataset': faced['dataset'],
     'dataset_notes': faced['dataset_notes'][:_NOTES] or None,
+    'test_data': faced['test_data'],
+    'classes_seen_in_training': identity.seen_in_training(workdir_lib.read_data(workdir)) or None,
     'algorithm': config.algorithm.name,
     'model': config.model.name,
     'checkpoint_step': each['checkpoint_step'],
@@ -76,10 +84,15 @@ def test(config, experiment, state, workdir, checkpoints):
     result['by_inner_step'] = {name: value.tolist() for name, value in summary.items()}
   result = {name: value for name, value in result.items() if value is not None}
 
-  write_atomically(Path(workdir) / 'test_episodes.json', json.dumps(each) + '\n')
-  write_atomically(Path(workdir) / 'test.json', json.dumps(result, indent=2) + '\n')
+  folder.mkdir(parents=True, exist_ok=True)
+  for place in (folder, Path(workdir)):
+    write_atomically(place / 'test_episodes.json', json.dumps(each) + '\n')
+    write_atomically(place / 'test.json', json.dumps(result, indent=2) + '\n')
+  for partial in folder.glob('partial-*'):
+    partial.unlink()
   if drawing := figures():
-    draw(drawing, experiment, state, result, Path(workdir) / 'figures')
+    draw(drawing, experiment, state, result, folder)
+    _copy_figures(folder, Path(workdir) / 'figures')
     print(f'figures: {Path(workdir) / "figures"}')
     writer.add_figures(workdir)
   if of_last:
@@ -89,8 +102,32 @@ def test(config, experiment, state, workdir, checkpoints):
   print(test_line(result), flush=True)
 
 
-def make_test(config, experiment):
+def _name(config, each):
+  """The name of a protocol's folder, for people, with digits that tell apart what it does not say."""
+  faced = each['protocol']
+  parts = [f'{faced["way"]}-way'] if faced['way'] else []
+  parts += [f'{faced["shot"]}-shot', f'{faced["episodes"]}-episodes', *filter(None, [each['head']])]
+  everything = json.dumps([each, config.eval.last, config.eval.ensemble], sort_keys=True)
+  digits = hashlib.blake2b(everything.encode(), digest_size=4).hexdigest()
+  return '_'.join([*parts, f'step-{each["checkpoint_step"]}', digits])
+
+
+def _copy_figures(folder, to):
+  """Copies a test's figures, in place of those of the test before."""
+  to.mkdir(exist_ok=True)
+  for name in ('inner_steps.png', 'episode.png', 'regression.png'):
+    (to / name).unlink(missing_ok=True)
+    if (folder / name).exists():
+      shutil.copyfile(folder / name, to / name)
+
+
+def make_test(config, experiment, folder=None):
   """Compiles the test.
+
+  Args:
+    config: complete.
+    experiment: of the config.
+    folder: where an interrupted test leaves what it has, and resumes; None for nowhere.
 
   Returns:
     test(state) -> {metric: (episodes,) float32, or (episodes, inner steps + 1) where the algorithm has an inner loop to
@@ -105,7 +142,13 @@ def make_test(config, experiment):
     chunk=config.chunk,
     trajectory=experiment.evaluation.trajectory is not None,
   )
-  return lambda state: _finite(evaluate_fn(state.params, state.model_state, experiment.resident))
+
+  def test(state):
+    weights = state.params, state.model_state
+    partial = processes.on_first(evaluate.Partial, folder, weights) if folder else None
+    return _finite(evaluate_fn(*weights, experiment.resident, partial))
+
+  return test
 
 
 def evaluate_last(config, checkpoints, test_fn, best, values):
@@ -249,28 +292,37 @@ def _chosen(config, group, name):
   return config[group].get(name) if config.eval[name] is None else config.eval[name]
 
 
-def episode_results(config, experiment, state, values):
-  """What `test_episodes.json` holds.
+def circumstances(config, experiment, state):
+  """All that decides the numbers of a test, besides the weights of the checkpoint.
 
   Args:
     config: complete.
     experiment: of the config.
-    state: TrainState that was evaluated.
-    values: see `make_test`.
+    state: TrainState to be evaluated.
 
   Returns:
-    a dict of JSON's types: 'protocol', what `protocol` returns and besides 'batch_norm' (None in regression) and
-    'dataset_notes', all that the data set lacks; what `adaptation` returns, 'checkpoint_step'; and 'accuracy'
-    (fractions), in regression 'loss', of each episode after the last inner step, a list as long as there are episodes.
+    a dict of JSON's types: 'protocol', what `protocol` returns and besides what `FOUND` names: 'batch_norm' (None in
+    regression), 'dataset_notes', all that the data set lacks, and 'test_data', the fingerprint of its test classes
+    (None without images); what `adaptation` returns; and 'checkpoint_step'.
   """
+  regression = experiment.objective is losses.REGRESSION
   batch_norm = config.algorithm.get('batch_norm') if networks.changing(state.model_state) else 'no'
-  found = batch_norm if 'accuracy' in values else None, list(getattr(experiment.splits['test'], 'notes', ()))
-  return {
-    'protocol': {**protocol(config), **dict(zip(FOUND, found, strict=True))},
-    **adaptation(config),
-    'checkpoint_step': int(state.step),
-    **_of_each_episode(values),
+  data = experiment.splits['test']
+  found = {
+    'batch_norm': None if regression else batch_norm,
+    'dataset_notes': list(getattr(data, 'notes', ())),
+    'test_data': identity.fingerprint(identity.describe({'test': data}).get('test')),
   }
+  return {'protocol': {**protocol(config), **found}, **adaptation(config), 'checkpoint_step': int(state.step)}
+
+
+def episode_results(config, experiment, state, values):
+  """What `test_episodes.json` holds: a dict of JSON's types.
+
+  It is what `circumstances` returns, and 'accuracy' (fractions), in regression 'loss', of each episode after the last
+  inner step, a list as long as there are episodes; `values` are what `make_test`'s function returns.
+  """
+  return {**circumstances(config, experiment, state), **_of_each_episode(values)}
 
 
 def _of_each_episode(values, prefix=''):
@@ -298,6 +350,8 @@ def test_line(result):
     protocol.append(f'{result["batch_norm"]} batch norm')
   if 'dataset_notes' in result:
     protocol.append('incomplete data set')
+  if seen := result.get('classes_seen_in_training'):
+    protocol.append(f'{len(seen)} of {result["classes"]} classes seen in training')
   if 'augment' in result:
     protocol.append(f'augmented by {" and ".join(result["augment"])}')
   protocol.append(f'checkpoint {result["checkpoint_step"]}')

@@ -19,7 +19,7 @@ from metajax import evaluate, history, keys, optimizers, outer_loop, parallel, p
 from metajax import experiment as experiment_lib
 from metajax import workdir as workdir_lib
 from metajax.checkpoint import Checkpoints
-from metajax.data import pipeline
+from metajax.data import identity, pipeline
 from metajax.errors import UserError
 from metajax.profiling import Profile
 from metajax.progress import Progress, readable
@@ -140,8 +140,11 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
   with processes.on_first(workdir_lib.locked, workdir):
     settled = processes.from_first(lambda: config_lib.to_json(workdir_lib.settle_config(workdir, config, mode)))
     config = config_lib.from_json(settled)
-    needed = ('train',) if mode == 'train' else ('train', 'test')
-    experiment = experiment_lib.make(config, data_dir, needed, validated=mode != 'eval')
+    needed = {'train': ('train',), 'eval': ('test',), 'train_and_eval': ('train', 'test')}[mode]
+    kept = processes.from_first(lambda: workdir_lib.read_data(workdir))
+    experiment = experiment_lib.make(
+      config, data_dir, needed, validated=mode != 'eval', kept=kept['splits'] if kept else None
+    )
     with contextlib.closing(processes.on_first(Checkpoints, workdir)) as checkpoints:
       if mode != 'eval':
         with _stop_on_sigterm() as stop:
@@ -183,6 +186,8 @@ def train(config, experiment, workdir, checkpoints, stop):
   elif config.init_from:
     state = start_from(config.init_from, state, experiment.algorithm.adopt, config)
   processes.on_first(workdir_lib.keep_config, workdir, config)
+  processes.on_first(workdir_lib.keep_data, workdir, identity.describe(experiment.splits), config.init_from)
+  processes.on_first(warn_of_seen, workdir)
   state = parallel.replicate(state)
   done, total, tasks = int(state.step), config.total_steps, config.data.tasks
   if done >= total:
@@ -262,6 +267,13 @@ def train(config, experiment, workdir, checkpoints, stop):
       if step < total and history.exhausted(scores, patience):
         progress.say(f'no better validation in {patience} evaluations: training ends at step {step} of {total}')
         return
+
+
+def warn_of_seen(workdir):
+  """Prints which test classes are not new to a run."""
+  kept = workdir_lib.read_data(workdir)
+  if seen := identity.seen_in_training(kept):
+    print(f'not new to the run: {len(seen)} of {len(kept["splits"]["test"])} test classes, {identity.some(seen)}')
 
 
 def after_validation(state, scores, optimizer, progress):

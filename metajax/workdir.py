@@ -1,6 +1,7 @@
-"""The folder of one run: one process at a time, one config for good."""
+"""The folder of one run: one process at a time, one config and one data set for good."""
 
 import contextlib
+import json
 import os
 import platform
 from pathlib import Path
@@ -69,6 +70,8 @@ def settle_config(workdir, config, mode):
     return config
   kept = read_config(workdir)
   differing = set(config_lib.differences(kept, config)).difference(_FREE)
+  if (Path(workdir) / 'data.json').exists():  # which tells whether they are the same images at another place
+    differing.discard('data.path')
   if mode == 'eval':
     differing = {key for key in differing if not key.startswith('eval.')}.difference(f'data.{k}' for k in _OF_EPISODES)
   elif kept.optimizer.schedule in ('constant', 'plateau', 'steps'):
@@ -108,6 +111,37 @@ def read_config(workdir):
 def keep_config(workdir, config):
   """Writes `config.json`: from now on the workdir belongs to this config."""
   write_atomically(Path(workdir) / 'config.json', config_lib.to_json(config))
+
+
+def read_data(workdir):
+  """What `keep_data` has written; None if there is nothing.
+
+  Raises:
+    UserError: it cannot be read.
+  """
+  path = Path(workdir) / 'data.json'
+  try:
+    kept = json.loads(path.read_text())
+    return {'splits': dict(kept['splits']), 'seen': list(kept['seen'])}
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f'{path} is damaged ({first_line(error)}): restore or remove it') from None
+
+
+def keep_data(workdir, splits, init_from=''):
+  """Writes `data.json`, which data the run belongs to, unless it is there.
+
+  Args:
+    workdir: of the run.
+    splits: their identity, see `data.identity.describe`.
+    init_from: workdir of the run whose weights this one begins with, if any: 'seen' are the classes that it, and the
+      runs before it, were trained on.
+  """
+  path, before = Path(workdir) / 'data.json', read_data(init_from) if init_from else None
+  if not path.exists():
+    seen = [*before['splits'].get('train', []), *before['seen']] if before else []
+    write_atomically(path, json.dumps({'splits': splits, 'seen': seen}) + '\n')
 
 
 def forget_test(workdir):

@@ -1,6 +1,7 @@
 import csv
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -21,13 +22,15 @@ def run(*arguments):
 def make(tmp_path, cache):
   """A function that makes a workdir as a tested run leaves it, without its checkpoints."""
 
-  def make_workdir(name, values, *overrides, quantity='accuracy', batch_norm='transductive', notes=(), **more):
+  def make_workdir(
+    name, values, *overrides, quantity='accuracy', batch_norm='transductive', notes=(), data='abc', **more
+  ):
     folder = tmp_path / name
     folder.mkdir()
     given = config.override(config.load(TINY), [f'--config.eval.episodes={len(values)}', *overrides])
     workdir.keep_config(folder, given)
     results = {
-      'protocol': {**report.protocol(given), 'batch_norm': batch_norm, 'dataset_notes': list(notes)},
+      'protocol': {**report.protocol(given), 'batch_norm': batch_norm, 'dataset_notes': list(notes), 'test_data': data},
       **report.adaptation(given),
       'checkpoint_step': 6,
       quantity: np.float32(values).tolist(),
@@ -398,6 +401,31 @@ def test_what_is_stored_of_the_last_checkpoint(make):
     assert (result and result['accuracy'], why) == (found, why_not), (folder, step)
 
 
+def test_any_test_that_fits_is_read(make):
+  a = make('a', [0.5] * 4)
+  given = workdir.read_config(a)
+  (a / 'tests').mkdir()
+  for name, changes in {'x': {'ensemble_checkpoints': [6], 'ensemble_accuracy': [1.0] * 4}, 'y': {}}.items():
+    (a / 'tests' / name).mkdir()
+    stored = json.loads((a / 'test_episodes.json').read_text()) | {'accuracy': [0.25] * 4} | changes
+    (a / 'tests' / name / 'test_episodes.json').write_text(json.dumps(stored))
+  assert compare._stored(a, given, 6)[0]['ensemble_checkpoints'] == [6]
+  shutil.rmtree(a / 'tests' / 'x')
+  assert compare._stored(a, given, 6)[0]['accuracy'] == [0.5] * 4  # the last test's before others
+  (a / 'test_episodes.json').unlink()
+  assert compare._stored(a, given, 6)[0]['accuracy'] == [0.25] * 4
+  (a / 'tests' / 'y' / 'test_episodes.json').write_text(json.dumps({**stored, 'protocol': {'episodes': 4}}))
+  assert compare._stored(a, given, 6) == (None, 'there is no test_episodes.json')
+  (a / 'tests' / 'y' / 'test_episodes.json').rename(a / 'test_episodes.json')
+  assert compare._stored(a, given, 6) == (None, 'test_episodes.json is of an older version')
+
+
+def test_runs_of_other_test_classes_are_not_compared(make, capsys):
+  a, b, c = make('a', [0.5] * 4), make('b', [0.5] * 4, data='def'), make('c', [0.5] * 4)
+  assert run(a, b, c) == 2
+  assert f'test classes or their images are not the same in {a} and {c}, {b}' in capsys.readouterr().err
+
+
 def test_notes(make, capsys):
   a, b, c = make('a', [0.5] * 4), make('b', [0.5] * 4), make('c', [0.5] * 4, '--config.model.width=5')
   checkpoints = Checkpoints(a)
@@ -422,6 +450,7 @@ def test_what_is_read_equals_what_is_evaluated(cache, tmp_path, capsys, monkeypa
     small += '--config.eval.val_episodes=2', '--config.eval.last=True'
     given = f'--config={TINY}', f'--workdir={folder}', f'--config.seed={seed}', '--config.model.name=mlp', *small
     assert main.main(['metajax', *given]) == 0
+    shutil.rmtree(folder / 'tests')  # the same results, which would do as well
     (folder / 'checkpoints' / '3.orbax-checkpoint-tmp-0').mkdir()  # as if the next one were being written
     each, summary = (json.loads((folder / name).read_text()) for name in ('test_episodes.json', 'test.json'))
     assert len(each['accuracy']) == 6 and np.float32(each['accuracy']).mean(dtype=float) == summary['accuracy']

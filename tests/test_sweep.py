@@ -41,7 +41,7 @@ def leave(arguments, values=None, ensemble=None):
   folder.mkdir(parents=True, exist_ok=True)
   workdir.keep_config(folder, given)
   each = {
-    'protocol': {**report.protocol(given), 'batch_norm': 'transductive', 'dataset_notes': []},
+    'protocol': {**report.protocol(given), 'batch_norm': 'transductive', 'dataset_notes': [], 'test_data': None},
     **report.adaptation(given),
     'checkpoint_step': given.total_steps,
     'accuracy': values.tolist(),

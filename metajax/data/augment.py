@@ -52,17 +52,24 @@ _JITTER = 0.4
 _AREA, _ASPECT, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of resized crops
 
 
-def check(shape, names, constants):
-  """Looks whether images of a shape can be augmented and normalised like that.
+def check(shape, dtype, names, constants):
+  """Looks whether inputs of a shape can be augmented and normalised like that.
 
   Args:
-    shape: (h, w, c).
+    shape: of an image, (h, w, c); inputs of another rank can only stay as they are.
+    dtype: of the images; floats can only stay as they are.
     names: of augmentations, in the order in which they are applied.
     constants: a name in NORMALIZE.
 
   Raises:
     UserError: they cannot.
   """
+  if len(shape) != 3 or dtype != np.uint8:
+    if names or constants != 'none':
+      raise UserError(
+        f'config.data: inputs {dtype} {shape} are not images (h, w, c) of uint8: leave out augment and normalize'
+      )
+    return
   height, width, channels = shape
   for name in names:
     if name not in AUGMENTATIONS:

@@ -60,6 +60,7 @@ def convert(key, classes, decode, shape, job, *, skip_bad=False, alone=True):
     manifest['images_per_class'] = np.subtract(counts, np.bincount(left_out, minlength=len(counts))).tolist()
     manifest['notes'] = [*manifest['notes'], *(f'left out: {reason}' for _, reason in partial.bad)]
     manifest['bytes'], manifest['sha256'] = partial.finish()
+    manifest['digests'] = partial.digests(manifest['images_per_class'])
     partial.become(folder, manifest)
     _log.info('converted %d images in %.1f s', partial.rows, time.monotonic() - start)
     return table.open_folder(folder)
@@ -128,6 +129,11 @@ class _Partial:
       os.fsync(file.fileno())
       file.seek(0)
       return self._end(self.rows), hashlib.file_digest(file, 'sha256').hexdigest()
+
+  def digests(self, counts):
+    """See `table.digest`, of each class of the finished file."""
+    images = np.load(self._folder / 'images.npy', mmap_mode='r')
+    return [table.digest(part) for part in np.split(images, np.cumsum(counts)[:-1])]
 
   def become(self, folder, manifest):
     """Renames the finished table into place; what is there already is damaged, or older than its source."""

@@ -189,10 +189,10 @@ def _loader(table, split, seed, placement, augment, normalize):
 
   Returns:
     prepare: (batch with 'rows' (count, classes, n) and 'turns' (count, classes), first number, count) -> batch.
-    load: (resident, batch) -> images (count, classes, n, h, w, c) float32.
+    load: (resident, batch) -> images (count, classes, n, ...) float32.
   """
-  augmentation.check(table.images.shape[1:], augment, normalize)
-  rotated = bool(table.turns.any())
+  augmentation.check(table.images.shape[1:], table.images.dtype, augment, normalize)
+  rotated, scale = bool(table.turns.any()), 255 if table.images.dtype == np.uint8 else 1
 
   def prepare(batch, start, count):
     if placement == 'host':
@@ -208,7 +208,7 @@ def _loader(table, split, seed, placement, augment, normalize):
     images = batch['images'] if placement == 'host' else resident[batch['rows']]
     if rotated:
       images = jax.vmap(jax.vmap(_turn))(images, batch['turns'])
-    images = jax.vmap(augment_one)(batch['seeds'], images) if augment else images.astype(jnp.float32) / 255
+    images = jax.vmap(augment_one)(batch['seeds'], images) if augment else images.astype(jnp.float32) / scale
     return augmentation.normalize(images, normalize)
 
   return prepare, load

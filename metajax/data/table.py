@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 from metajax import system
-from metajax.errors import first_line
+from metajax.errors import UserError, first_line
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the manifest; a table of another format is made anew
+FORMAT = 3  # of the manifest; a table of another format is made anew
 
 
 class _Older(ValueError):
@@ -34,13 +34,16 @@ class ClassTable(NamedTuple):
   training and evaluation. A class may be a rotated copy of another: it shares that one's rows and has other `turns`.
   """
 
-  images: np.ndarray  # (rows, h, w, c) uint8, all classes of the data set, sorted by class
+  # (rows, ...), all classes of the data set, sorted by class: uint8, which is divided by 255, or floats. They are
+  # images (h, w, c), or inputs of any other shape, which cannot be augmented.
+  images: np.ndarray
   starts: np.ndarray  # (classes,) int64, first row of each class of this split
   counts: np.ndarray  # (classes,) int64, images of each class
   turns: np.ndarray  # (classes,) int8, counter-clockwise quarter turns applied to the class's images
   names: tuple[str, ...]  # (classes,)
   superclasses: tuple[str, ...] = ()  # (classes,), or none where the data set has none
   notes: tuple[str, ...] = ()  # what deviates from the data set as published
+  digests: tuple[str, ...] = ()  # (classes,), see `digest`; or none where nobody has computed them yet
 
 
 class Table(NamedTuple):
@@ -53,6 +56,7 @@ class Table(NamedTuple):
   superclasses: dict  # class name -> superclass; empty where there are none
   splits: dict  # split -> class names, where the source alone knows; else empty
   fingerprint: str  # of the files that it was made of
+  digests: tuple[str, ...]  # (classes,), see `digest`
 
 
 def cache_dir():
@@ -104,8 +108,57 @@ def class_tables(table, splits):
     turns = np.array([turns for _, turns in classes], np.int8)
     names = tuple(f'{name}/rot{90 * turns:03d}' if turns else name for name, turns in classes)
     superclasses = tuple(table.superclasses[name] for name, _ in classes) if table.superclasses else ()
-    tables[split] = ClassTable(table.images, starts[ids], table.counts[ids], turns, names, superclasses, table.notes)
+    digests = tuple(table.digests[k] for k in ids)
+    tables[split] = ClassTable(
+      table.images, starts[ids], table.counts[ids], turns, names, superclasses, table.notes, digests
+    )
   return tables
+
+
+def check(table, where):
+  """Looks whether a ClassTable is one: whoever writes a data set of their own makes it by hand.
+
+  Args:
+    table: ClassTable.
+    where: what to call it in an error.
+
+  Raises:
+    UserError: its images are of a type that nothing is said of, or its columns do not fit together.
+  """
+  images, classes = table.images, len(table.names)
+  if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+    raise UserError(
+      f'{where}: images are {images.dtype}; give uint8, which is divided by 255, or floats, which are left as they are'
+    )
+  for name in ('starts', 'counts', 'turns', 'superclasses', 'digests'):
+    column = getattr(table, name)
+    if len(column) != classes and (len(column) or name not in ('superclasses', 'digests')):
+      raise UserError(f'{where}: {name} has {len(column)} entries, but there are {classes} classes')
+  if table.turns.any() and (images.ndim != 4 or images.shape[1] != images.shape[2]):
+    raise UserError(f'{where}: only square images (h, w, c) can be turned, not {images.shape[1:]}')
+  if classes and not (table.starts.min() >= 0 and (table.starts + table.counts).max() <= len(images)):
+    raise UserError(f'{where}: starts and counts reach beyond its {len(images)} images')
+
+
+def share(splits):
+  """Has the ClassTables of {split: data} share their images, as the devices hold one table alone.
+
+  Raises:
+    UserError: images of two splits are of different shapes or types.
+  """
+  tables = {split: data for split, data in splits.items() if isinstance(data, ClassTable)}
+  arrays = list({id(data.images): data.images for data in tables.values()}.values())
+  if len(arrays) < 2:
+    return splits
+  kinds = sorted({f'{images.dtype} {images.shape[1:]}' for images in arrays})
+  if len(kinds) > 1:
+    raise UserError(f'config.data: images of the splits are {" and ".join(kinds)}: make them alike')
+  first = dict(zip(map(id, arrays), np.cumsum([0, *map(len, arrays)])[:-1], strict=True))
+  joined = np.concatenate(arrays)
+  return {
+    **splits,
+    **{s: data._replace(images=joined, starts=data.starts + first[id(data.images)]) for s, data in tables.items()},
+  }
 
 
 def gather(images, rows):
@@ -124,6 +177,14 @@ def gather(images, rows):
   if isinstance(images.base, mmap.mmap):
     system.read_ahead(images, rows)
   return images[rows]
+
+
+def digest(images):
+  """16 hexadecimal digits for the images of a class, (n, h, w, c): their bytes, shape and type."""
+  images = np.ascontiguousarray(images)
+  result = hashlib.blake2b(f'{images.dtype.str} {images.shape[1:]}'.encode(), digest_size=8)
+  result.update(images.reshape(-1).view(np.uint8))
+  return result.hexdigest()
 
 
 def describe_file(path):
@@ -165,7 +226,9 @@ def open_folder(folder):
   names, notes = tuple(manifest['classes']), tuple(manifest['notes'])
   counts = np.array(manifest['images_per_class'], np.int64)
   images = np.load(folder / 'images.npy', mmap_mode='r')
-  fits = images.ndim == 4 and images.dtype == np.uint8 and len(images) == counts.sum() and len(names) == len(counts)
+  fits = images.ndim == 4 and images.dtype == np.uint8 and len(images) == counts.sum()
+  fits = fits and len(names) == len(counts) == len(manifest['digests'])
   if not fits or (folder / 'images.npy').stat().st_size != manifest['bytes']:
     raise ValueError('images.npy does not match manifest.json')
-  return Table(images, counts, names, notes, manifest['superclasses'], manifest['splits'], manifest['fingerprint'])
+  known = (manifest[name] for name in ('superclasses', 'splits', 'fingerprint'))
+  return Table(images, counts, names, notes, *known, tuple(manifest['digests']))
