@@ -99,6 +99,29 @@ def over_devices(step, *, donate=False):
   return jax.pmap(step, axis_name=_AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=donated)
 
 
+def over_devices_with_flag(step, *, donate=False):
+  """Like `over_devices`, of a step during which all processes agree on a flag.
+
+  That is part of the step itself. As a dispatch of its own it would have a collective that does not depend on those of
+  the step, and such collectives can block each other.
+
+  Returns:
+    compiled(state, constants, local, flag) -> what `step` returns; whether `flag` is true on any process. A process on
+    its own has that at once, several when the devices have come to it.
+  """
+  if jax.process_count() == 1:
+    compiled = over_devices(step, donate=donate)
+    return lambda state, constants, local, flag: (compiled(state, constants, local), flag)
+
+  def step_and_flag(state, constants, local):
+    local, flag = local
+    return step(state, constants, local), jax.lax.pmax(flag, _AXIS)
+
+  compiled = over_devices(step_and_flag, donate=donate)
+  devices = jax.local_device_count()
+  return lambda state, constants, local, flag: compiled(state, constants, (local, np.full(devices, flag)))
+
+
 def mean_over_tasks(function, like, local, tasks):
   """Runs `function` chunk by chunk on every device.
 
@@ -135,10 +158,10 @@ def gather_tasks(tree, tasks):
 
 
 def anywhere(flag):
-  """Whether `flag` is true on any process: a scalar to be looked at later, when the devices have come to it."""
+  """Whether `flag` is true on any process; nothing else may be in flight on the devices."""
   if jax.process_count() == 1:
     return flag
-  return _any_device(np.full(jax.local_device_count(), flag))
+  return bool(_any_device(np.full(jax.local_device_count(), flag)))
 
 
 _any_device = jax.pmap(lambda flag: jax.lax.pmax(flag, _AXIS), axis_name=_AXIS, out_axes=None)

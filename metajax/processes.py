@@ -171,7 +171,7 @@ def start(place):
     raise UserError(f'the processes have {counts[0]} to {counts[-1]} devices: each must have as many as the others')
   # Connects all devices while all processes are here: at a first collective gloo waits for the last for 30 s only, and
   # the training step, which one may find compiled and another not, would be too late for that.
-  bool(parallel.anywhere(False))
+  parallel.anywhere(False)
   deadline.cancel()
 
 

@@ -211,7 +211,9 @@ def train(config, experiment, workdir, checkpoints, stop):
     return parallel.lay_out(source.sample((step - 1) * tasks + first, count), tasks, chunk)
 
   step_fns = [
-    parallel.over_devices(functools.partial(train_step, experiment=experiment, tasks=tasks, phase=i), donate=True)
+    parallel.over_devices_with_flag(
+      functools.partial(train_step, experiment=experiment, tasks=tasks, phase=i), donate=True
+    )
     for i in range(len(experiment.phases))
   ]
   constants = experiment.resident, parallel.replicate(keys.from_seed(config.seed))
@@ -235,11 +237,11 @@ def train(config, experiment, workdir, checkpoints, stop):
     for step, local in batches:
       phase, start = sum(later.start < step for later in experiment.phases[1:]), time.perf_counter()
       try:
-        state, metrics = profile.step(step, step_fns[phase], state, constants, local)
+        (state, metrics), stopping = profile.step(step, step_fns[phase], state, constants, local, stop.is_set())
         if phase and experiment.phases[phase].start == step - 1:
           progress.pause(time.perf_counter() - start)
           progress.say(f'meta-update {step} began the next phase of training, which was compiled first')
-        in_flight.add(step, metrics, parallel.anywhere(stop.is_set()))
+        in_flight.add(step, metrics, stopping)
         evaluating = due(step, config.eval_every) or step == total
         if not (evaluating or due(step, config.checkpoint_every) or in_flight.stop):
           continue
