@@ -1,5 +1,9 @@
 """What a run consists of: data, model, algorithm, weighting and optimiser, as a config names them."""
 
+import contextlib
+import site
+import traceback
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -8,10 +12,10 @@ import numpy as np
 import optax
 
 from metajax import config as config_lib
-from metajax import heads, losses, optimizers, parallel, processes
+from metajax import evaluate, heads, losses, optimizers, parallel, processes
 from metajax.checkpoint import KEEP_BEST
 from metajax.data import episodes, hard_tasks, identity, table
-from metajax.errors import UserError
+from metajax.errors import UserError, first_line
 from metajax.types import Algorithm, Phase, TaskWeighting
 
 
@@ -93,8 +97,10 @@ def make(config, data_dir, needed=('train', 'test'), *, validated=True, kept=Non
   elif config.eval.head_c not in _NO_HEAD_C or not config.eval.head_normalize:
     raise UserError('config.eval.head_c and head_normalize are of the head that config.eval.head names: name one')
   example = np.zeros(shapes.support.inputs.shape[1:], np.float32)
-  if not regression and way > config.data.way:
-    check_outputs(evaluation._replace(init=algorithm.init), shapes.support, example, way)
+  with explained(f'config.model: {config.model.name} does not take inputs {example.shape[1:]}'):
+    jax.eval_shape(algorithm.init, jax.random.key(0), example)
+  if evaluated := [split for split in ('val', 'test') if split in sources]:
+    rehearse(evaluation._replace(init=algorithm.init), objective, sources[evaluated[0]], example, way)
   if not algorithm.episodic:
     sources['train'] = make_source(config, splits['train'], 'train', merged=True)
   elif config.data.batch:
@@ -179,17 +185,49 @@ def make_hard(config, table, source):
   )
 
 
-def check_outputs(algorithm, support, example, way):
-  """Whether an algorithm has an output for each of `way` classes; `support` are a meta-batch's shapes."""
-  support = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), support)
+def rehearse(algorithm, objective, source, example, way):
+  """Goes through an evaluation with shapes alone: better now than after hours of training.
 
-  def outputs(rng, example, support):
+  Args:
+    algorithm: of evaluation, with the `init` of training.
+    objective: what is reported.
+    source: of the episodes.
+    example: inputs to initialise with.
+    way: classes of an episode.
+
+  Raises:
+    UserError: it fails, or the network has fewer outputs than `way`.
+  """
+
+  def evaluation(rng, example, resident, batch):
     params, model_state = algorithm.init(rng, example)
-    return algorithm.predict(params, model_state, algorithm.adapt(params, model_state, support, rng), support.inputs)
+    episode = jax.tree.map(lambda x: x[0], source.decode(resident, batch))
+    adapted = algorithm.adapt(params, model_state, episode.support, rng)
+    outputs = algorithm.predict(params, model_state, adapted, episode.query.inputs)
+    return outputs, evaluate.score(objective, outputs, episode.query.targets)
 
-  found = jax.eval_shape(outputs, jax.random.key(0), example, support).shape[-1]
-  if way > found:
-    raise UserError(f'config.eval.way = {way}, but the network was trained with {found} outputs')
+  with explained('config: the learner cannot be evaluated'):
+    outputs, _ = jax.eval_shape(evaluation, jax.random.key(0), example, source.resident, source.sample(0, 1))
+  if objective is not losses.REGRESSION and way > outputs.shape[-1]:
+    raise UserError(f'config.eval.way = {way}, but the network was trained with {outputs.shape[-1]} outputs')
+
+
+@contextlib.contextmanager
+def explained(where):
+  """Turns an error in the code of a model or an algorithm into one line, with its place if that is a user's file."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_NOT_A_USERS)]
+    place = f' ({own[-1].filename}, line {own[-1].lineno})' if own else ''
+    raise UserError(f'{where}: {type(error).__name__}: {first_line(error)}{place}') from error
+
+
+# Where the code of metajax and of installed packages lies.
+_NOT_A_USERS = str(Path(__file__).parent), *site.getsitepackages(), str(Path(contextlib.__file__).parent)
 
 
 def superclass_ids(data):

@@ -42,6 +42,53 @@ def run(algorithm, source, num, *, params=None, objective=losses.CLASSIFICATION,
   return evaluate_fn(*parallel.replicate((params, {})), parallel.replicate(source.resident))
 
 
+class Stopped(Exception):
+  pass
+
+
+def test_an_interrupted_evaluation_resumes(source, learner, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(evaluate.Partial, '_EVERY', 0)
+  algorithm, params = learner
+  starts = []
+
+  def sample(start, count):
+    starts.append(start)
+    if start == 12 and len(starts) < 9:
+      raise Stopped
+    return source.sample(start, count)
+
+  evaluate_fn = evaluate.make(
+    algorithm, losses.CLASSIFICATION, source._replace(sample=sample), episodes=18, seed=0, trajectory=True
+  )
+  given = *parallel.replicate((params, {})), parallel.replicate(source.resident)
+  whole = run(algorithm, source, 18, params=params, trajectory=True)
+  starts.clear()
+
+  def partial(weights=params):
+    return evaluate.Partial(tmp_path / 'new', weights)
+
+  with pytest.raises(Stopped):
+    evaluate_fn(*given, partial())
+  assert starts == [0, 4, 8, 12]
+  [file] = (tmp_path / 'new').iterdir()
+  with np.load(file) as kept:  # of the dispatch in flight nothing is there yet
+    np.testing.assert_array_equal(kept['accuracy'], whole['accuracy'][:8])
+  starts[:] = ['again'] * 9
+  resumed = evaluate_fn(*given, partial())
+  assert starts[9:] == [8, 12, 16] and 'going on after 8 episodes' in capsys.readouterr().out
+  for name, values in whole.items():
+    np.testing.assert_array_equal(resumed[name], values)
+
+  # Nothing is taken from a damaged file, or from one of other weights.
+  file.write_bytes(file.read_bytes()[:100])
+  assert partial().read() == {}
+  assert partial(jax.tree.map(lambda x: x + 1, params)).read() == {}
+  evaluate_fn(*given, partial())
+  assert partial().read().keys() == whole.keys()
+  partial().remove()
+  assert partial().read() == {}
+
+
 def test_summary_is_the_mean_and_the_normal_interval():
   values = np.random.default_rng(0).random((50, 3)).astype(np.float32)
   summary = evaluate.summarise({'accuracy': values[:, 0], 'loss': values})
