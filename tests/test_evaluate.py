@@ -1,5 +1,10 @@
 """Evaluation: fixed episodes, each counted once, and the interval that papers report."""
 
+import json
+import os
+import subprocess
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +19,7 @@ from metajax.data.table import ClassTable
 from metajax.datasets import sinusoid
 from metajax.models import mlp
 from metajax.types import Algorithm
+from tests.conftest import TINY, start
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +148,27 @@ def test_one_dispatch_is_in_flight_at_a_time(source, learner, monkeypatch):
   monkeypatch.setattr(evaluate.jax, 'device_get', get)
   run(algorithm, source, 50, params=params)
   assert events == ['dispatch', 'done'] * 13
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [2, 4])
+def test_ten_thousand_episodes_beside_busy_processes(devices, tmp_path):
+  """A hundred dispatches whose devices seldom run at the same time; without end where they can block each other."""
+  busy = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(2 * (os.cpu_count() or 1))]
+  try:
+    process = start(
+      f'--config={TINY}',
+      f'--workdir={tmp_path / "run"}',
+      *('--config.algorithm.name=protonet', '--config.total_steps=0', '--config.eval.episodes=10000'),
+      JAX_NUM_CPU_DEVICES=str(devices),
+    )
+    _, errors = process.communicate(timeout=1800)
+    assert process.returncode == 0, errors
+  finally:
+    for other in busy:
+      other.kill()
+      other.wait()
+  assert len(json.loads((tmp_path / 'run' / 'test_episodes.json').read_text())['accuracy']) == 10_000
 
 
 def test_trajectory_reports_every_inner_step_and_ends_with_the_evaluation(source, learner):

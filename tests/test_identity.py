@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metajax import compare, config, main, report, workdir
+from metajax import compare, config, main, processes, report, workdir
 from metajax import experiment as experiment_lib
 from metajax.data import identity, table
 from metajax.data.table import ClassTable
@@ -194,6 +194,13 @@ def test_a_folder_of_test_classes_alone_serves_evaluation(photos, tmp_path, caps
   assert run(a, f'--config.data.path={split}', '--mode=eval') == 0
   assert json.loads((a / 'test.json').read_text())['accuracy'] == result['accuracy']
   assert 'the train split has changed' in capsys.readouterr().out
+
+
+def test_processes_with_other_images_are_told(photos, monkeypatch):
+  given = config.override(config.load(TINY), [*FOLDER, f'--config.data.path={photos}'])
+  monkeypatch.setattr(processes, 'from_first', lambda function: {'train': []})
+  with pytest.raises(UserError, match='other classes or images here than on process 0'):
+    experiment_lib.make(given, '')
 
 
 def test_damaged_data_json_is_one_line(photos, tmp_path, capsys):
