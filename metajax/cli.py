@@ -24,6 +24,7 @@ COMMANDS = {  # name -> its module, which has main(argv), and what it does
   'eval': ('metajax.eval', 'test a trained run again, also with other settings'),
   'compare': ('metajax.compare', 'compare trained runs on the same test episodes'),
   'sweep': ('metajax.sweep', 'run a grid of experiments and tabulate it over seeds'),
+  'reproduce': ('metajax.reproduce', 'train the published baselines, and tabulate their numbers beside ours'),
   'data': ('metajax.data.__main__', 'download, convert, list and check data sets'),
 }
 _USAGE = """metajax: few-shot meta-learning in JAX.

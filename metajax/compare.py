@@ -336,12 +336,12 @@ def _one_quantity(methods):
 
 def _row(name, runs):
   means = _seeds(runs)
-  row = Row(name, runs, *_interval(_episodes(runs)), seeds_ci95=_over_seeds(means))
+  row = Row(name, runs, *_interval(_episodes(runs)), seeds_ci95=over_seeds(means))
   if len(runs) > 1:
     row = row._replace(seeds_std=means.std(ddof=1))
   if ensembles := _ensembles(runs):
     mean, ci95 = _interval(_episodes(ensembles))
-    row = row._replace(ensemble=mean, ensemble_ci95=ci95, ensemble_seeds_ci95=_over_seeds(_seeds(ensembles)))
+    row = row._replace(ensemble=mean, ensemble_ci95=ci95, ensemble_seeds_ci95=over_seeds(_seeds(ensembles)))
   return row
 
 
@@ -385,7 +385,7 @@ def _seeds(runs):
   return np.array([run.values.mean(dtype=np.float64) for run in runs])
 
 
-def _over_seeds(values):
+def over_seeds(values):
   """Half the width of the 95 % interval by Student's t; None of a single seed."""
   n = len(values)
   return special.stdtrit(n - 1, 0.975) * values.std(ddof=1) / np.sqrt(n) if n > 1 else None

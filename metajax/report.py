@@ -72,6 +72,7 @@ def test(config, experiment, state, workdir, checkpoints):
     'seed': config.seed,
     'episode_seed': faced['episode_seed'],
     'augment': faced['augment'] or None,
+    'environment': system.environment(),
   }
   for prefix, others, which in (
     ('last_', of_last, {'last_checkpoint_step': last_step}),

@@ -43,7 +43,7 @@ from metajax import workdir as workdir_lib
 from metajax.errors import UserError
 
 _INSTEAD = ('print', 'slurm', 'cell', 'table')  # what may be asked for instead of running the grid
-_STOPPED = 128 + signal.SIGTERM  # exit status
+STOPPED = 128 + signal.SIGTERM  # exit status
 
 
 class Cell(NamedTuple):
@@ -236,7 +236,7 @@ def run_and_show(cells, options):
   outcomes, stopped = run(cells)
   if stopped:
     print('metajax: stopped; run the same command again to resume', file=sys.stderr)
-    return _STOPPED
+    return STOPPED
   print()
   show(cells, options)
   left = [cell for cell in cells if not finished(cell)]  # another sweep may have finished what it was at

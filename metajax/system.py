@@ -3,14 +3,18 @@
 import contextlib
 import errno
 import importlib
+import importlib.metadata
 import math
 import mmap
 import os
+import platform
+import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 
+import metajax
 from metajax.errors import UserError
 
 try:
@@ -48,6 +52,43 @@ def package(name, purpose):
       raise
     missing = error.name.replace('_', '-')
     raise UserError(f'{purpose} needs {missing}, which is not installed: pip install {missing}') from None
+
+
+def environment():
+  """What a number was made with, to stand beside it: {'metajax', 'commit', 'python', 'jax', 'flax', 'machine': str}.
+
+  'commit' is None away from a git checkout, and ends in '+' where that has changes.
+  """
+  import jax  # only here, so that this module can be imported before JAX is set up
+
+  device, count = jax.devices()[0], jax.device_count()
+  kind = device.device_kind if device.platform != 'cpu' else _processor()
+  return {
+    'metajax': metajax.__version__,
+    'commit': _commit(),
+    'python': platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in ('jax', 'flax')},
+    'machine': f'{count} x {kind}',
+  }
+
+
+def _commit():
+  root = Path(__file__).parent.parent
+  if not (root / '.git').exists():
+    return None
+  try:
+    ask = ('git', '-C', str(root), 'describe', '--always', '--abbrev=12', '--exclude=*', '--dirty=+')
+    return subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    return None
+
+
+def _processor():
+  with contextlib.suppress(OSError):
+    for line in Path('/proc/cpuinfo').read_text().splitlines():
+      if line.startswith('model name'):
+        return line.partition(':')[2].strip()
+  return platform.processor() or platform.machine()
 
 
 def try_lock(file):
