@@ -1,7 +1,11 @@
 """How learners call a network: which statistics normalise, and when dropout is active.
 
-A network (see `models.layers`) decides both by what it is given: here is the one place that gives it.
+A network (see `models.layers`) decides both by what it is given: here is the one place that gives it. Statistics are
+those of the batch where `batch_stats` may change, dropout has a key where it is active. A network whose `__call__` has
+an argument `train` (or `training`, or the opposite `deterministic`) is told so, too.
 """
+
+import inspect
 
 import jax
 
@@ -24,12 +28,21 @@ def is_norm(path):
 
 def by_batch(model, params, model_state, inputs, rng=None):
   """Normalises by the batch's own statistics, with dropout if there is a key; returns outputs and a state with them."""
-  return model.apply({'params': params, **model_state}, inputs, mutable=list(model_state), rngs=_rngs(rng))
+  told = _told(model, rng is not None or 'batch_stats' in model_state)
+  return model.apply({'params': params, **model_state}, inputs, mutable=list(model_state), rngs=_rngs(rng), **told)
 
 
 def by_state(model, params, model_state, inputs, rng=None):
   """Normalises by the statistics in `model_state`, with dropout if there is a key; returns outputs and that state."""
-  return model.apply({'params': params, **model_state}, inputs, rngs=_rngs(rng)), model_state
+  told = _told(model, rng is not None)
+  return model.apply({'params': params, **model_state}, inputs, rngs=_rngs(rng), **told), model_state
+
+
+def _told(model, train):
+  """The argument that tells a network whether it trains, if it has one: {} or {name: bool}."""
+  values = {'train': train, 'training': train, 'deterministic': not train}
+  known = inspect.signature(type(model).__call__).parameters
+  return {name: value for name, value in values.items() if name in known}
 
 
 def embedding(model, batch_norm, network):

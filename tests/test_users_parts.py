@@ -2,13 +2,18 @@
 
 import textwrap
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from metajax import config, main
 from metajax import experiment as experiment_lib
+from metajax.algorithms import maml
 from metajax.errors import UserError
+from metajax.types import Episode, Examples
 from tests.conftest import TINY
 
 DATA = """
@@ -123,3 +128,53 @@ def test_vectors_train_and_are_tested(given, tmp_path):
 def test_what_cannot_work_is_said_before_training(given, settings, why):
   with pytest.raises(UserError, match=f'^config.*{why}'):
     make(given(*settings))
+
+
+class Told(nn.Module):
+  """Dropout and batch norm as Flax users write them."""
+
+  name_of_flag: str
+  norm: bool = False
+
+  def body(self, x, train):
+    x = nn.BatchNorm(use_running_average=not train, momentum=0.0)(x) if self.norm else x
+    return nn.Dense(2, name='head')(nn.Dropout(0.0 if self.norm else 0.5, deterministic=not train)(x))
+
+
+class Train(Told):
+  @nn.compact
+  def __call__(self, x, train=False):
+    return self.body(x, train)
+
+
+class Deterministic(Told):
+  @nn.compact
+  def __call__(self, x, deterministic=True):
+    return self.body(x, not deterministic)
+
+
+@pytest.mark.parametrize('net', [Train, Deterministic])
+def test_a_network_is_told_whether_it_trains(net):
+  x, y = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32), jnp.array([0, 1] * 3)
+  episode, keys = Episode(Examples(x, y), Examples(x, y), jnp.arange(2)), jax.random.split(jax.random.key(0))
+  learner = maml.make(net('dropout'), inner_steps=1, inner_lr=0.1)
+  params, state = learner.init(keys[0], x[:1])
+  trained = [learner.loss(params, state, episode, key)[0] for key in keys]
+  assert not np.allclose(*trained)  # dropout draws
+  tested = [learner.predict(params, state, learner.adapt(params, state, episode.support, key), x) for key in keys]
+  np.testing.assert_array_equal(*tested)
+
+  learner = maml.make(net('norm', norm=True), inner_steps=0, batch_norm='running', batch_norm_momentum=0.0)
+  params, state = learner.init(keys[0], x[:1])
+  losses, (state, _) = learner.loss(params, state, episode, keys[0])
+  kernel = params['head']['kernel']
+  [statistics] = state['batch_stats'].values()
+  np.testing.assert_allclose(statistics['mean'], x.mean(0), rtol=1e-5)
+
+  def outputs(inputs, mean, var):
+    return (inputs - mean) / np.sqrt(var + 1e-5) @ kernel
+
+  expected = optax.softmax_cross_entropy_with_integer_labels(outputs(x, x.mean(0), x.var(0)), y)
+  np.testing.assert_allclose(losses, expected, rtol=1e-4)
+  found = learner.predict(params, state, learner.adapt(params, state, episode.support, None), 3 * x)
+  np.testing.assert_allclose(found, outputs(3 * x, statistics['mean'], statistics['var']), rtol=1e-4)
