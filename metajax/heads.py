@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metajax import losses
 from metajax.algorithms import protonet
 from metajax.errors import UserError
 from metajax.types import Array
@@ -36,7 +37,7 @@ class Linear(NamedTuple):
 class Head(NamedTuple):
   """How a head is fitted and used."""
 
-  fit: Callable  # (features (n, d), targets (n,) int32, way) -> Linear
+  fit: Callable  # (features (n, d), targets (n,) int in [0, way), way) -> Linear; NaN where a traced target is not
   outputs: Callable  # (linear, features (n, d)) -> logits (n, way)
 
 
@@ -71,8 +72,12 @@ def make(name, *, c=1.0, normalize=True):
     features = jnp.asarray(features, jnp.float32)
     return unit(features) if normalize or name == 'cosine' else features
 
+  def fit(features, targets, way):
+    factor = jnp.min(losses.check_labels(targets, jnp.shape(features)[:1], way))
+    return jax.tree.map(lambda x: x * factor, fits[name](scaled(features), targets, way))
+
   return Head(
-    fit=lambda features, targets, way: fits[name](scaled(features), targets, way),
+    fit=fit,
     outputs=lambda linear, features: outputs(linear, scaled(features)),
   )
 

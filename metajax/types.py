@@ -11,7 +11,7 @@ Params = Any  # a pytree of arrays
 
 class Examples(NamedTuple):
   inputs: Array  # (n, h, w, c) or (n, d) float32, normalised
-  targets: Array  # (n,) int32 in [0, way); (n, d) float32 in regression
+  targets: Array  # (n,) integers in [0, way), see `losses.check_labels`; (n, d) float32 in regression
 
 
 class Episode(NamedTuple):

@@ -93,7 +93,7 @@ def make(
     if bias:
       outputs += head['bias'][class_ids]
     momentum = batch_norm_momentum if batch_norm == 'running' else 1.0
-    metrics = objective.metrics(outputs, targets)
-    return objective.losses(outputs, targets), (networks.updated(model_state, state, momentum), metrics)
+    each = objective.losses(outputs, targets)
+    return each, (networks.updated(model_state, state, momentum), objective.metrics(outputs, targets))
 
   return Algorithm(init, adapt, predict, loss, embedding=embedding, adopt=networks.adopt, episodic=False)

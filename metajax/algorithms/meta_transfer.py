@@ -148,8 +148,8 @@ def make(
       features, of_query = networks.by_batch(model, weights, model_state, episode.query.inputs, rng_query)
     outputs = logits(adapted, features)
     model_state = networks.updated(model_state, of_query, momentum)
-    metrics = objective.metrics(outputs, episode.query.targets)
-    return objective.losses(outputs, episode.query.targets), (model_state, metrics)
+    each = objective.losses(outputs, episode.query.targets)
+    return each, (model_state, objective.metrics(outputs, episode.query.targets))
 
   return Algorithm(init, adapt, predict, loss, trajectory, predict_along, embedding=embedding, adopt=adopt)
 

@@ -95,8 +95,8 @@ def make(
 
     protos = jax.vmap(prototypes, (0, 0, None))(support, episodes.support.targets, way)
     outputs = jax.vmap(logits, (None, 0, 0))(params, protos, query)
-    metrics = objective.metrics(outputs, episodes.query.targets)
-    return objective.losses(outputs, episodes.query.targets), (model_state, metrics)
+    each = objective.losses(outputs, episodes.query.targets)
+    return each, (model_state, objective.metrics(outputs, episodes.query.targets))
 
   def loss(params, model_state, episode, rng):
     episodes = jax.tree.map(lambda x: x[None], episode)
@@ -116,9 +116,10 @@ def make(
 
 
 def prototypes(embedded, targets, way):
-  """Class means (way, d) of embedded (n, d) with targets (n,)."""
+  """Class means (way, d) of embedded (n, d) with targets (n,), see `losses.check_labels`."""
+  factor = jnp.min(losses.check_labels(targets, embedded.shape[:1], way)).astype(embedded.dtype)
   members = jax.nn.one_hot(targets, way, dtype=embedded.dtype)
-  return jnp.matmul(members.T, embedded, precision='highest') / jnp.sum(members, axis=0)[:, None]
+  return factor * jnp.matmul(members.T, embedded, precision='highest') / jnp.sum(members, axis=0)[:, None]
 
 
 def squared_distances(a, b):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metajax import inner_loop, losses
+from metajax import inner_loop, losses, networks
 from metajax.algorithms import maml
 from metajax.errors import UserError
 
@@ -42,11 +42,20 @@ def make(
 
   def descend(params, model_state, examples, rng):
     """The weights after each inner step, with a leading axis of inner_steps."""
+    if rng is None:
+      raise UserError('reptile draws the examples of each inner step: give it a key')
     size = min(inner_batch, examples.targets.shape[0])
 
+    def losses_of(params, batch):
+      outputs, _ = networks.by_batch(model, params, model_state, batch.inputs)
+      return objective.losses(outputs, batch.targets)
+
     def loss_fn(params, batch):
-      outputs, _ = model.apply({'params': params, **model_state}, batch.inputs, mutable=list(model_state))
-      return jnp.mean(objective.losses(outputs, batch.targets))
+      return jnp.mean(losses_of(params, batch))
+
+    # Within the loop all examples are traced, and bad targets could not be told.
+    jax.eval_shape(lambda params, inputs: losses_of(params, examples._replace(inputs=inputs)), params, examples.inputs)
+    examples = jax.tree.map(jnp.asarray, examples)
 
     def step(carry, rng):
       params, state = carry
