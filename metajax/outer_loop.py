@@ -69,6 +69,17 @@ def gradient(loss, params, model_state, episodes, local, rng, *, tasks, coeffici
   return grads, model_state, losses, metrics
 
 
+def task_losses(loss, params, model_state, episodes, local, rng, *, tasks):
+  """The losses of a meta-batch, (tasks, query), without their gradient; arguments as in `gradient`."""
+
+  def of_chunk(positions, weights, batch):
+    del weights
+    of_tasks = jax.vmap(lambda *task: loss(*task)[0].reshape(-1), (None, None, 0, 0))
+    return (), of_tasks(params, model_state, episodes(batch), task_rngs(rng, positions))
+
+  return parallel.mean_over_tasks(of_chunk, (), local, tasks)[1]
+
+
 def trial_losses(loss, tx, opt_state, params, model_state, grads, episodes, local, rng, *, tasks):
   """What the losses of the same tasks would be after one outer step along each of several gradients.
 

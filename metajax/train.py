@@ -66,7 +66,11 @@ def train_step(state, constants, local, *, experiment, tasks, phase=0):
   meta_batch = dict(episodes=episodes_of, local=local, rng=rng_tasks, tasks=tasks)
 
   classes = parallel.gather_tasks(jax.vmap(lambda batch: query_classes(episodes_of(batch)))(local[1]), tasks)
-  coefficients = weighting.coefficients(state.weighting, classes)
+  if weighting.from_losses:
+    now = outer_loop.task_losses(loss, state.params, state.model_state, **meta_batch)
+    coefficients = weighting.from_losses(state.weighting, now, classes)
+  else:
+    coefficients = weighting.coefficients(state.weighting, classes)
   trials = weighting.trials and weighting.trials(state.weighting, rng_weighting)
   grads, model_state, task_losses, metrics = outer_loop.gradient(
     loss, state.params, state.model_state, coefficients=coefficients, trials=trials, **meta_batch

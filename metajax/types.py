@@ -74,6 +74,8 @@ class TaskWeighting(NamedTuple):
 
   `classes` (tasks, query) int32 are the queries' classes in the training split, all 0 in regression; `losses` (tasks,
   query) those before the meta-update, (tasks, 1) of a learner that has one loss a task; metrics are scalars or vectors.
+  `coefficients` cannot see the losses that they weight: one pass serves the losses and their gradient. A weighting by
+  the losses of the same meta-update has `from_losses`.
   """
 
   init: Callable  # (rng,) -> state
@@ -83,3 +85,6 @@ class TaskWeighting(NamedTuple):
   # step with each of these coefficients, and `update` gets the losses after it, (trials, tasks, query), as one more
   # argument; its rng is the one that was given here.
   trials: Callable | None = None
+  # (state, losses, classes) -> coefficients like those of `coefficients`, which this takes the place of. It costs a
+  # forward pass: the losses come first, then their gradient with these coefficients as constants.
+  from_losses: Callable | None = None

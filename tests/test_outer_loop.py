@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from metajax.data.episodes import Source
 from metajax.data.table import ClassTable
 from metajax.errors import UserError
 from metajax.types import Episode, Examples, Phase
-from metajax.weighting import spsa, spsa_look_ahead, spsa_per_class
+from metajax.weighting import spsa, spsa_look_ahead, spsa_per_class, tilted
 
 # A task is its targets: the loss of query q is (w - target_q)^2, its derivative 2 (w - target_q).
 TARGETS = np.array([[0.0, 1.0], [2.0, 5.0], [-3.0, 0.5]], np.float32)
@@ -173,7 +174,30 @@ def test_a_step_tries_both_perturbed_weightings_and_takes_neither():
   np.testing.assert_allclose(weights, WEIGHTS[:3] * np.exp(-0.3 * signs * (pair[0] - pair[1]) / 0.4), rtol=1e-4)
 
 
-KINDS = ('spsa', 'spsa_per_class', 'spsa_look_ahead')  # coefficients of tasks, of queries, and trials
+class Unused(NamedTuple):
+  """The state of a weighting that has none."""
+
+  update: jax.Array = jnp.int32(0)
+  weights: jax.Array = jnp.zeros(3)
+
+
+@pytest.mark.parametrize('tilt', [-2.0, 0.0, 0.5])
+def test_a_tilted_step_is_the_gradient_of_the_tilted_loss(tilt):
+  """Of the losses of the same meta-update, over chunks and devices, in closed form."""
+
+  def tilted_loss(w):
+    each = jnp.mean(jnp.square(w - TARGETS), axis=1)
+    return jax.nn.logsumexp(tilt * each, b=1 / 3) / tilt if tilt else jnp.mean(each)
+
+  made = tilted.make(tasks=3, tilt=tilt)
+  w, _, metrics, _ = quadratic_step(made._replace(init=lambda rng: Unused()), np.zeros(3))
+  np.testing.assert_allclose(w, W - RATE * jax.grad(tilted_loss)(W), rtol=1e-5)
+  each = np.square(W - TARGETS).mean(1)
+  expected = np.exp(tilt * each) / np.exp(tilt * each).mean()
+  np.testing.assert_allclose(metrics['weights'], expected, rtol=1e-5)
+
+
+KINDS = ('spsa', 'spsa_per_class', 'spsa_look_ahead', 'tilted')  # of tasks, of queries, with trials, of the losses
 PAIRS = [('maml', weighting) for weighting in config_lib.names('weighting')]
 PAIRS += [(name, kind) for name in config_lib.names('algorithm') if name != 'maml' for kind in KINDS]
 

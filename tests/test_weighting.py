@@ -267,6 +267,15 @@ def test_many_weights_are_logged_as_quantiles(monkeypatch):
 
 
 def test_every_weighting_can_be_named():
-  known = {'gradient', 'sin', 'spsa', 'spsa_look_ahead', 'spsa_per_class', 'spsa_per_coarse_class', 'spsa_track'}
+  known = {
+    'gradient',
+    'sin',
+    'spsa',
+    'spsa_look_ahead',
+    'spsa_per_class',
+    'spsa_per_coarse_class',
+    'spsa_track',
+    'tilted',
+  }
   assert set(config_lib.names('weighting')) == {'uniform', *known}
   assert spsa_look_ahead.make(tasks=2).trials is not None
