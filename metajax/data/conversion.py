@@ -61,9 +61,9 @@ def convert(key, classes, decode, shape, job, *, explain=lambda items: [], skip_
     _write(partial, items, decode, key, skip_bad)
     left_out = np.searchsorted(np.cumsum(counts), [index for index, _ in partial.bad], side='right')
     manifest['images_per_class'] = np.subtract(counts, np.bincount(left_out, minlength=len(counts))).tolist()
-    manifest['notes'] = [*manifest['notes'], *(f'left out: {reason}' for _, reason in partial.bad)]
+    faint = explain([items[index] for index in partial.faint()])
+    manifest['notes'] = [*manifest['notes'], *(f'left out: {reason}' for _, reason in partial.bad), *faint]
     manifest['bytes'], manifest['sha256'] = partial.finish()
-    manifest['notes'] += explain([items[index] for index in partial.faint()])
     partial.become(folder, manifest)
     _log.info('converted %d images in %.1f s', partial.rows, time.monotonic() - start)
     return table.open_folder(folder)
@@ -124,6 +124,15 @@ class _Partial:
     with open(self._folder / 'steps.jsonl', 'a') as file:
       file.write(json.dumps([self.items, self.rows, bad]) + '\n')
 
+  def faint(self):
+    """Numbers of the items whose images span fewer than 16 of 256 levels."""
+    few = []
+    with open(self._folder / 'images.npy', 'rb') as file:
+      file.seek(self._end(0))
+      while (block := np.fromfile(file, np.uint8, _CHUNK * math.prod(self.shape))).size:
+        few += (np.ptp(block.reshape(-1, *self.shape), axis=(1, 2)) < FEW).all(-1).tolist()
+    return np.delete(np.arange(self.items), [index for index, _ in self.bad])[np.array(few, bool)].tolist()
+
   def finish(self):
     """Completes the file; its size in bytes and its SHA-256."""
     with open(self._folder / 'images.npy', 'rb+') as file:
@@ -132,13 +141,6 @@ class _Partial:
       os.fsync(file.fileno())
       file.seek(0)
       return self._end(self.rows), hashlib.file_digest(file, 'sha256').hexdigest()
-
-  def faint(self):
-    """Numbers of the items whose images span fewer than 16 of 256 levels in the finished file."""
-    images = np.load(self._folder / 'images.npy', mmap_mode='r')
-    blocks = np.split(images, range(_CHUNK, len(images), _CHUNK))
-    faint = np.concatenate([(np.ptp(block, axis=(1, 2)) < FEW).all(-1) for block in blocks])
-    return np.delete(np.arange(self.items), [index for index, _ in self.bad])[faint].tolist()
 
   def become(self, folder, manifest):
     """Renames the finished table into place; what is there already is damaged, or older than its source."""
