@@ -251,11 +251,10 @@ class _RangeEnd:
 def _largest(item):
   """The largest value of an image if it has more than 8 bits, else 0."""
   try:
-    with item.open() as image:
-      deep = image.mode.startswith('I')
-    return int(np.asarray(images.open_item(item)).max()) if deep else 0
-  except (UserError, OSError, ValueError, SyntaxError):  # it does not decode, which is told when it is its turn
+    image = images.open_item(item)
+  except UserError:  # which is told when it is its turn
     return 0
+  return int(np.asarray(image).max()) if image.mode.startswith('I') else 0
 
 
 _CAUSES = {
