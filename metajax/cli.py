@@ -97,13 +97,19 @@ def parse_flags(values, argv, usage):
   """
   flags.DEFINE_bool('help', False, '', short_name='h', flag_values=values)
   try:
-    rest = values(argv)[1:]
+    rest = values([*argv[:1], *map(_expand_home, argv[1:])])[1:]
   except flags.Error as error:
     raise UserError(f'command line: {first_line(error)}') from None
   if values.help:
     print((usage() if callable(usage) else usage).rstrip(), flush=True)
     sys.exit(0)
   return rest
+
+
+def _expand_home(argument):
+  """FLAG=~/FOLDER as FLAG=HOME/FOLDER: a shell expands ~ only where a word begins with it."""
+  flag, equals, value = argument.partition('=')
+  return f'{flag}={os.path.expanduser(value)}' if equals else argument
 
 
 def log_plainly():

@@ -29,6 +29,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,7 +144,7 @@ def _name_and_folders(argument):
   name, equals, text = argument.partition('=')
   if Path(argument).is_dir() or not equals or '/' in name:
     return Path(argument).resolve().name, [argument]
-  pieces, folders = text.split(','), []
+  pieces, folders = [os.path.expanduser(piece) for piece in text.split(',')], []
   while pieces:  # the longest that is a folder, else up to the next comma
     lengths = range(len(pieces), 0, -1)
     length = next((k for k in lengths if Path(','.join(pieces[:k])).is_dir()), 1)

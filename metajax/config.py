@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import json
 import operator
+import os
 import pkgutil
 import re
 from pathlib import Path
@@ -169,6 +170,7 @@ def complete(config):
   config = _plain(config)
   config.setdefault('weighting', {'name': 'uniform'})
   _fill('config', config, TOP_LEVEL, groups=_GROUPS)
+  config['init_from'] = os.path.expanduser(config['init_from'])
   for group in _GROUPS:
     settings = config.setdefault(group, {})
     if not isinstance(settings, dict):

@@ -30,7 +30,8 @@ try:
 except ImportError:  # Windows
   resource = None
 
-_OPTIONAL = ('matplotlib', 'tensorflow_datasets', 'importlib_resources', 'h5py')  # packages that few runs need
+# Packages that few runs need.
+_OPTIONAL = ('matplotlib', 'tensorflow_datasets', 'importlib_resources', 'h5py', 'pillow_heif')
 _LOCKED_BYTE = 2**30  # Windows locks bytes, and nobody else can read those: this one lies behind all text
 _WAIT_SECONDS = 0.2
 

@@ -8,8 +8,9 @@ import tomllib
 import pytest
 
 import metajax
-from metajax import cli
+from metajax import cli, compare
 from metajax import config as config_lib
+from metajax import main as main_lib
 from metajax.errors import UserError
 from tests.conftest import ROOT, TINY
 
@@ -94,6 +95,17 @@ def test_train_then_eval_and_compare_by_command(capsys, tmp_path, cache):
 def test_mistakes_are_one_line(arguments, message, capsys):
   status, output, errors = run(capsys, *arguments)
   assert (status, output) == (2, '') and message in errors and errors.count('\n') == 1
+
+
+def test_the_home_folder_is_known_by_its_sign(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  options, _ = main_lib.parse(['', '--config=~/a.py', '--workdir=~/runs/b=~', '--data_dir=~/c'])
+  assert (options.config, options.workdir) == (f'{tmp_path}/a.py', f'{tmp_path}/runs/b=~')
+  assert options.data_dir == f'{tmp_path}/c'
+  _, named, _ = compare.parse(['', 'a=~/b,~/c', 'd=~/e', '--csv=~/f'])
+  assert named == {'a': [f'{tmp_path}/b', f'{tmp_path}/c'], 'd': [f'{tmp_path}/e']}
+  config = config_lib.override(config_lib.load('quickstart'), ['--config.init_from=~/g'])
+  assert config.init_from == f'{tmp_path}/g'
 
 
 def test_configs_are_found_by_name_and_by_path(tmp_path, monkeypatch):

@@ -103,6 +103,30 @@ def test_who_wants_all_images_does_not_go_on_from_where_some_were_left_out(cache
     convert(failing(4)[0])
 
 
+def test_images_of_few_levels_are_explained(cache):
+  """Those of the part that was taken over as well, and not those that were left out."""
+
+  def decode(item):
+    if item == stop:
+      raise KeyboardInterrupt
+    if item == 4:
+      raise UserError('image 4')
+    return np.linspace(0, 15 if item in (3, 4, 5, 101, 7) else 16, 20).astype(np.uint8).repeat(3).reshape(SHAPE)
+
+  explained = []
+
+  def explain(items):
+    explained.extend(items)
+    return ['few']
+
+  stop = 102
+  with pytest.raises(KeyboardInterrupt):
+    convert(decode, explain=explain, skip_bad=True)
+  stop = None
+  assert convert(decode, explain=explain, skip_bad=True).notes == ('a note', 'left out: image 4', 'few')
+  assert explained == [3, 5, 7, 101, 7]
+
+
 def test_full_disk_is_one_line_and_leaves_nothing(cache):
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))

@@ -115,11 +115,13 @@ def test_images_that_do_not_decode_stop_it_or_are_listed(run, tmp_path):
   for name in ('train/class0/1.png', 'test/class5/3.png'):
     (tmp_path / 'data' / name).write_text('no image')
   status, _, err = run('folder', '--size=5')
-  assert status == 2 and 'train/class0/1.png does not decode (not an image): replace or remove it' in err
+  assert status == 2 and 'train/class0/1.png does not decode (not an image): replace or remove it; ' in err
+  assert '--check` lists all such images, --skip_bad leaves them out' in err
   status, out, err = run('folder', '--size=5', '--skip_bad')
   assert status == 0 and '22 images of' in out and '3 to 4 images each' in out
   for name in ('train/class0/1.png', 'test/class5/3.png'):
     assert f'{name} does not decode' in err + out
+  assert '--skip_bad' not in out and 'published' not in out
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,10 @@ def plant_odd_count(root):
 def plant_class_in_two_splits(root):
   (root / 'test/class0').mkdir()
   picture(99).save(root / 'test/class0/0.png')
-  return [r'class class0 is in .*train.* and in another split', r'class class0 has 1 images, most classes have 4']
+  return [
+    r'class class0 is at test/class0 and at train/class0 .*names_by_split',
+    r'class class0 has 1 images, most classes have 4',
+  ]
 
 
 def plant_image_in_two_splits(root):
@@ -219,12 +224,33 @@ def plant_no_image(root):
   return [r'class3/2.png does not decode']
 
 
+def plant_white_icon(root):
+  Image.new('LA', (9, 9), (255, 0)).save(root / 'train/class3/2.png')
+  with Image.open(root / 'train/class3/2.png') as image:
+    image.putpixel((4, 4), (255, 255))
+    image.save(root / 'train/class3/2.png')
+  return [r'1 images can hardly be told from the ground behind them: train/class3/2.png; set ground']
+
+
+def plant_one_colour(root):
+  Image.new('1', (9, 9)).save(root / 'train/class3/2.png')
+  return [r'1 images have one colour: train/class3/2.png']
+
+
+def plant_unread(root):
+  (root / 'train/class3/2.png').rename(root / 'train/class3/2.heic')
+  return [r'class class3 has 3 images, most', r'1 HEIC files are passed over: pip install pillow-heif']
+
+
 FAULTS = [
   plant_odd_count,
   plant_class_in_two_splits,
   plant_image_in_two_splits,
   plant_image_in_two_classes,
   plant_no_image,
+  plant_white_icon,
+  plant_one_colour,
+  plant_unread,
 ]
 
 
@@ -242,7 +268,7 @@ def test_check_finds_each_fault(run, tmp_path, plant):
 def test_check_finds_all_faults_at_once(run, tmp_path):
   make_folder(tmp_path / 'data', classes=15)
   expected = [
-    fault for plant in FAULTS if plant is not plant_image_in_two_classes for fault in plant(tmp_path / 'data')
+    fault for plant in FAULTS[:5] if plant is not plant_image_in_two_classes for fault in plant(tmp_path / 'data')
   ]
   status, out, _ = run('folder', '--check')
   assert status == 1
@@ -255,6 +281,19 @@ def test_an_image_twice_in_a_class_is_a_note(run, tmp_path):
   shutil.copy(tmp_path / 'data/train/class3/2.png', tmp_path / 'data/train/class3/1.png')
   status, out, _ = run('folder', '--check')
   assert status == 0 and re.search(r'note: the same image is twice in class class3: .*1.png and .*2.png', out)
+
+
+def test_what_the_files_tell_is_not_told_of_their_table_again(run, tmp_path):
+  make_folder(tmp_path / 'data')
+  plant_one_colour(tmp_path / 'data')
+  assert '1 images have one colour' in run('folder')[1]
+  assert run('folder', '--check')[1].endswith('folder: 1 faults\n')
+
+
+def test_settings_of_a_folder_are_those_of_its_check_too(run, tmp_path):
+  make_folder(tmp_path / 'data')
+  plant_white_icon(tmp_path / 'data')
+  assert run('folder', '--check', '--ground=black')[0] == 0
 
 
 def test_check_finds_a_table_that_changed(run, tmp_path):

@@ -1,10 +1,16 @@
+import functools
+import logging
 import os
+import re
+import sys
+import types
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from metajax.data import images
+from metajax.data import images, source
 from metajax.datasets import folder
 from metajax.errors import UserError
 
@@ -45,6 +51,63 @@ def test_splits_from_folders(root):
   rows = train.images[train.starts[1] : train.starts[1] + 2]
   np.testing.assert_array_equal(rows[:, 0, 0], [[4, 5, 6], [1, 2, 3]])
   assert train.images.shape == (4, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+  'names', [('Train', 'Valid', 'Test'), ('train', 'dev', 'testing'), ('TRAINING', 'validation', 'test')]
+)
+def test_splits_are_known_by_their_usual_names(root, names):
+  for name in names:
+    save(root / name / f'of {name}/0.png')
+  tables = folder.load(str(root), size=1)
+  expected = {split: (f'of {name}',) for split, name in zip(('train', 'val', 'test'), names, strict=True)}
+  assert {split: t.names for split, t in tables.items()} == expected
+
+
+def test_what_lies_beside_splits_is_named(root, caplog):
+  caplog.set_level(logging.INFO)
+  for place in ('train/a', 'test/b', 'unlabeled/c'):
+    save(root / place / '0.png')
+  save(root / 'train/sheet.png')
+  (root / '__MACOSX/train/a').mkdir(parents=True)
+  tables = folder.load(str(root), size=1)
+  assert {split: t.names for split, t in tables.items()} == {'train': ('a',), 'test': ('b',)}
+  assert 'folders beside test, train are passed over: unlabeled' in caplog.text and 'MACOSX' not in caplog.text
+  assert '1 images beside class folders are passed over' in caplog.text
+
+
+def test_a_test_split_may_be_all_there_is(root):
+  save(root / 'test/a/0.png')
+  assert {split: t.names for split, t in folder.load(str(root), size=1).items()} == {'test': ('a',)}
+
+
+@pytest.mark.parametrize('others', [('bus', 'car'), ('test', 'car')])
+def test_a_class_may_be_called_train(root, others):
+  for name in ('train', *others):
+    save(root / name / '0.png')
+  tables = folder.load(str(root), size=1)
+  assert sorted(name for t in tables.values() for name in t.names) == sorted(('train', *others))
+
+
+def test_splits_may_name_their_classes_alike(root):
+  for k, place in enumerate(('train/0', 'train/1', 'Valid/0', 'test/0')):
+    save(root / place / '0.png', (k, 0, 0))
+  with pytest.raises(UserError, match=r'class 0 is at Valid/0 and at test/0 and at train/0 .*names_by_split=True'):
+    folder.load(str(root), size=1)
+  tables = folder.load(str(root), size=1, names_by_split=True)
+  assert {split: t.names for split, t in tables.items()} == {
+    'train': ('train/0', 'train/1'),
+    'val': ('val/0',),
+    'test': ('test/0',),
+  }
+  reds = {split: t.images[t.starts, 0, 0, 0].tolist() for split, t in tables.items()}
+  assert reds == {'train': [0, 1], 'val': [2], 'test': [3]}
+
+
+def test_the_home_folder(root, tables):
+  for k in range(3):
+    save(tables.parent / f'home/photos/{k}/0.png')  # HOME is there
+  assert folder.load('elsewhere', path='~/photos', size=1)['test'].counts.tolist() == [1]
 
 
 def test_classes_are_divided_by_seed(root):
@@ -114,6 +177,187 @@ KINDS = {  # file -> what a pixel becomes
 }
 
 
+def save_deep(path, *values, dtype=np.uint16):
+  save(path, Image.fromarray(np.array(values, dtype).reshape(1, -1)))
+
+
+RANGES = [  # values, their type, white -> what they become
+  ((0, 255, 256, 40_000, 65_535), np.uint16, 0, [0, 0, 1, 156, 255]),
+  ((0, 15, 16, 2000, 3000), np.uint16, 0, [0, 0, 1, 125, 187]),  # 12 bits
+  ((0, 1, 100, 254), np.uint16, 0, [0, 1, 100, 254]),
+  ((0, 1, 100), np.int32, 0, [0, 1, 100]),
+  ((0, 1 << 16, (1 << 20) - 1), np.int32, 0, [0, 16, 255]),
+  ((0, 500, 1000, 3000), np.uint16, 1000, [0, 128, 255, 255]),
+  ((0, 1), np.uint16, 1, [0, 255]),
+  ((-1, 0, 0.25, 1, 2), np.float32, 1, [0, 0, 64, 255, 255]),
+]
+
+
+@pytest.mark.parametrize(('values', 'dtype', 'white', 'expected'), RANGES)
+def test_the_range_of_deep_images(root, values, dtype, white, expected):
+  save_deep(root / 'train/c/a.tiff', *values, dtype=dtype)
+  table = folder.load(str(root), size=len(values), grey=True, white=white)
+  assert first_image(table)[0, :, 0].tolist() == expected
+
+
+def test_deep_images_have_one_range(root, caplog):
+  caplog.set_level(logging.INFO)
+  save_deep(root / 'train/c/a.png', 0, 100)
+  save_deep(root / 'train/c/b.png', 0, 1000)
+  save(root / 'train/c/c.png', (77, 77, 77))
+  (root / 'train/c/d.png').write_text('no image')
+  with source.skipping_bad():
+    train = folder.load(str(root), size=2, grey=True)['train']
+  assert train.images[:, 0, 1, 0].tolist() == [25, 250, 77]
+  assert '16-bit images reach up to 1000: 1023 becomes 255' in caplog.text
+
+
+@pytest.mark.parametrize(
+  ('ground', 'colour'), [('white', (255, 128, 128)), ('black', (127, 0, 0)), ('#0f0', (127, 128, 0))]
+)
+def test_the_ground_of_transparent_images(root, ground, colour):
+  save(root / 'train/c/a.png', (255, 0, 0, 127), 'RGBA')
+  assert tuple(first_image(folder.load(str(root), size=2, ground=ground))[0, 0]) == colour
+
+
+def icon(path):
+  """A white drawing on transparent ground."""
+  pixels = np.full((4, 4, 4), 255, np.uint8)
+  pixels[..., 3] = np.arange(16).reshape(4, 4) * 17
+  save(path, Image.fromarray(pixels))
+
+
+def fine_line(path):
+  pixels = np.zeros((200, 200), np.uint8)
+  pixels[100] = 255
+  save(path, Image.fromarray(pixels))
+
+
+def with_outlier(path):
+  for k in range(2):
+    save_deep(path.with_name(f'other{k}.png'), 0, 65_535)
+  save_deep(path, 0, 4095)
+
+
+def deep_colour(path):
+  """PNG (ISO 15948) with 16 bits for each of red, green and blue, which hold 12 bits."""
+  header = (6).to_bytes(4), (1).to_bytes(4)  # width and height
+  content = zlib.compress(b'\0' + (np.arange(18) * 200).astype('>u2').tobytes())
+  with open(path, 'wb') as file:
+    file.write(b'\x89PNG\r\n\x1a\n')
+    PngImagePlugin.putchunk(file, b'IHDR', *header, b'\x10\x02\0\0\0')
+    PngImagePlugin.putchunk(file, b'IDAT', content)
+    PngImagePlugin.putchunk(file, b'IEND')
+
+
+FAINT = [  # file, settings -> what is said
+  (lambda path: save(path, (9, 99, 9)), {}, '1 images have one colour: c/x.png'),
+  (lambda path: save(path, Image.linear_gradient('L').point(lambda v: v // 16)), {}, 'levels: c/x.png; stretch'),
+  (icon, {}, '1 images can hardly be told from the ground behind them: c/x.png; set ground'),
+  (with_outlier, {}, '1 images span fewer than 16 of 256 levels: c/x.png; set white'),
+  (lambda path: save_deep(path, 0, 255), dict(white=65_535), '1 images span fewer .*: c/x.png; set white'),
+  (lambda path: save_deep(path, 7, 7), {}, '1 images have one colour: c/x.png'),
+  (fine_line, {}, '1 images span fewer than 16 of 256 levels once they are resized: c/x.png; choose a larger size'),
+  (deep_colour, {}, '1 images have 16-bit colours, .*: c/x.png; convert them to 8 bits'),
+]
+
+
+@pytest.mark.parametrize(('write', 'settings', 'text'), FAINT)
+def test_images_that_show_next_to_nothing_are_named(root, write, settings, text, caplog):
+  for k in range(8):  # each half black and half white
+    save(root / f'c/{k}.png', Image.fromarray(np.uint8([[0, 255]])))
+  write(root / 'c/x.png')
+  load = functools.partial(folder.load, str(root), size=4, fractions=(1, 0, 0), **settings)
+  [note] = load()['train'].notes
+  assert re.search(text, note)
+  caplog.clear()
+  load()
+  assert caplog.messages == [f'{root}: {note}']  # again, but not as if it were a published data set
+
+
+def test_images_that_show_something_are_not_named(root):
+  for write, name in ((icon, 'icon.png'), (fine_line, 'line.png')):
+    write(root / 'c' / name)
+  save(root / 'c/low.png', Image.fromarray(np.uint8([[100, 116]])))
+  assert folder.load(str(root), size=100, ground='black', fractions=(1, 0, 0))['train'].notes == ()
+
+
+def test_what_is_passed_over_is_counted(root):
+  make_classes(root, 3)
+  for name in ('a.HEIC', 'b.heif', 'plain', 'c.cr2', 'd.cr2', 'e.svg'):
+    (root / 'class00' / name).write_bytes(b'\0')
+  for name in ('.DS_Store', 'Thumbs.db', 'labels.txt', 'boxes.xml'):
+    (root / 'class01' / name).write_bytes(b'\0')
+  save(root / 'class02/more/0.png')
+  notes = folder.load(str(root), size=1)['train'].notes
+  stems = [
+    '2 HEIC files .* pillow-heif',
+    '1 files without an ext',
+    r'2 .cr2, 1 .svg: .* PNG',
+    '1 images in .*nested=True',
+  ]
+  assert len(notes) == 5 and all(map(re.search, stems, notes)), notes  # the fifth is on single colours
+  for name in ('a.HEIC', 'b.heif', 'plain', 'c.cr2', 'd.cr2', 'e.svg'):
+    (root / 'class00' / name).unlink()
+  assert len(folder.load(str(root), size=1)['train'].notes) == 2
+
+
+@pytest.mark.parametrize(
+  ('make', 'complaint'),
+  [
+    (lambda root: (root / 'c/x.heic').write_text(''), 'no images in class folders.*; 1 HEIC files'),
+    (lambda root: save(root / 'c/more/x.png'), 'no images in class folders.*; 1 images in folders below .*nested=True'),
+    (lambda root: (save(root / 'd/x.png'), (root / 'c/x').write_text('')), 'folder c in .*; 1 files without'),
+  ],
+)
+def test_a_class_without_images_says_what_it_has(root, make, complaint):
+  (root / 'c').mkdir()
+  make(root)
+  with pytest.raises(UserError, match=complaint):
+    folder.load(str(root))
+
+
+def test_nested_folders(root):
+  for k in range(3):
+    save(root / f'c{k}/0.png', (k, 0, 0))
+    save(root / f'c{k}/day/night/1.png', (k, 1, 0))
+  (root / 'c0/day/back').symlink_to('..')
+  assert folder.load(str(root), size=1)['test'].counts.tolist() == [1]
+  tables = folder.load(str(root), size=1, nested=True)
+  for t in tables.values():
+    rows = t.images[t.starts[0] : t.starts[0] + t.counts[0], 0, 0]
+    np.testing.assert_array_equal(rows, [[int(t.names[0][1]), k, 0] for k in range(2)])
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(root, monkeypatch):
+  """The package is played by one that calls PNG files HEIC."""
+
+  def register():
+    Image.register_open('HEIF', PngImagePlugin.PngImageFile)
+    Image.register_extensions('HEIF', ['.heic'])
+
+  for name in ('ID', 'OPEN', 'EXTENSION'):
+    monkeypatch.setattr(Image, name, type(getattr(Image, name))(getattr(Image, name)))
+  monkeypatch.setitem(sys.modules, 'pillow_heif', types.SimpleNamespace(register_heif_opener=register))
+  save(root / 'train/c/x.HEIC', (1, 2, 3), format='PNG')
+  try:
+    images.formats.cache_clear()
+    images._extensions.cache_clear()
+    assert first_image(folder.load(str(root), size=1))[0, 0].tolist() == [1, 2, 3]
+  finally:
+    images.formats.cache_clear()
+    images._extensions.cache_clear()
+
+
+@pytest.mark.parametrize(('pillow', 'complaint'), [(8, 'more than 1 million; set max_pixels=4'), (1, 'Set max_pixels')])
+def test_large_images_take_a_setting(root, monkeypatch, pillow, complaint):
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', pillow << 20)
+  save(root / 'train/c/x.png', 200, 'L', size=(2000, 2000))
+  with pytest.raises(UserError, match=f'c/x.png does not decode .*{complaint}'):
+    folder.load(str(root), size=1, max_pixels=1)
+  assert first_image(folder.load(str(root), size=1, max_pixels=4))[0, 0, 0] == 200
+
+
 @pytest.mark.parametrize('name', KINDS)
 def test_every_kind_of_pixel(root, name):
   write, colour = KINDS[name]
@@ -168,9 +412,12 @@ def test_converted_once_per_state_of_the_folder(root, monkeypatch):
     (lambda root: make_classes(root, 3), dict(fractions=(0.5, 0.5, 0.5)), 'fractions'),
     (lambda root: make_classes(root, 3), dict(fractions=(0.5, 0.5)), 'fractions'),
     (lambda root: make_classes(root, 3), dict(size=0), 'size = 0'),
-    (lambda root: (save(root / 'train/cat/a.png'), save(root / 'test/cat/b.png')), {}, 'class cat is in'),
+    (lambda root: (save(root / 'train/cat/a.png'), save(root / 'test/cat/b.png')), {}, 'class cat is at'),
     (lambda root: (make_classes(root, 3), (root / 'class01/x.jpg').write_text('no')), {}, 'class01/x.jpg does not dec'),
-    (lambda root: save(root / 'train/c/a.tiff', 0.5, 'F'), {}, 'a.tiff does not decode .*floating-point'),
+    (lambda root: save(root / 'train/c/a.tiff', 0.5, 'F'), {}, 'a.tiff does not decode .*floating-point.*white'),
+    (lambda root: make_classes(root, 3), dict(white=-1), 'white = -1'),
+    (lambda root: make_classes(root, 3), dict(max_pixels=0), 'max_pixels = 0'),
+    (lambda root: make_classes(root, 3), dict(ground='grass'), "ground = 'grass'"),
   ],
 )
 def test_mistakes_are_named(root, make, options, complaint):

@@ -104,6 +104,26 @@ def test_an_image_that_would_grow_beyond_memory_is_refused(shape):
   assert images.pixels(line, images.Rendering(84)).shape == (84, 84, 3)
 
 
+def test_16_bits_lose_the_lower_8():
+  values = np.arange(65_536, dtype=np.uint16).reshape(256, 256)
+  np.testing.assert_array_equal(np.asarray(images.flatten(Image.fromarray(values))), values >> 8)
+
+
+@pytest.mark.parametrize('bits', range(8, 16))
+def test_fewer_bits_lose_what_is_beyond_8(bits):
+  values = np.arange(1 << bits, dtype=np.uint16).reshape(16, -1)
+  found = images.flatten(Image.fromarray(values), white=(1 << bits) - 1)
+  np.testing.assert_array_equal(np.asarray(found), values >> (bits - 8))
+
+
+def test_what_systems_leave_behind_is_passed_over(tmp_path):
+  for name in ('__MACOSX', '@eaDir', '.git', 'a'):
+    (tmp_path / name).mkdir()
+  for name in ('Thumbs.db', 'desktop.ini', '.x.png', 'x.png'):
+    (tmp_path / name).write_text('')
+  assert images.list_folders(tmp_path) == ['a'] and images.list_files(tmp_path) == [str(tmp_path / 'x.png')]
+
+
 def test_what_cannot_be_looked_at_is_passed_over(tmp_path, monkeypatch):
   for name in ('seen', 'locked'):
     (tmp_path / name).mkdir()

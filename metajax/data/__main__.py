@@ -141,7 +141,7 @@ def _check(name, data_dir, settings):
     faults, notes = check.check_source(dataset, found)
   for folder in tables:
     print(f'checking the table {folder}')
-    faults += check.check_table(folder)
+    faults += check.check_table(folder, faults + notes)
   for sentence in [*(f'note: {note}' for note in notes), *faults]:
     print(f'  {sentence}')
   print(f'{name}: {len(faults)} faults' if faults else f'{name}: no faults')

@@ -21,7 +21,7 @@ def check_source(dataset, found):
 
   Returns:
     (faults, notes), lists of sentences. Notes are of what published data sets have as well: an image that is twice in
-    a class.
+    a class, and in those alone, images of one colour.
   """
   cache = table.cache_dir()
   with conversion.writes(cache):
@@ -33,9 +33,11 @@ def check_source(dataset, found):
       contents = source.read(dataset, found, scratch)
       splits = contents.splits or dataset.splits(sorted(contents.classes))
       counts = {c: len(items) for c, items in contents.classes.items()}
-      deviations = source.deviations(dataset, contents) if dataset.counts else odd_counts(counts)
-      faults, notes = _compare(contents, {c: split for split, names in splits.items() for c in names})
+      deviations = source.deviations(dataset, contents, len(counts)) if dataset.counts else odd_counts(counts)
+      faults, notes, faint = _compare(contents, {c: split for split, names in splits.items() for c in names})
       faults = [*contents.faults, *deviations, *faults]
+      # What is published has few levels for all who use it.
+      (notes if dataset.counts else faults).extend([*contents.notes, *contents.explain(faint)])
     except UserError as error:
       faults, notes = [str(error)], []
     finally:
@@ -43,14 +45,15 @@ def check_source(dataset, found):
   return [[source.outside(text, found, scratch) for text in texts] for texts in (faults, notes)]
 
 
-def check_table(folder):
-  """What is wrong with a converted table: a list of sentences."""
+def check_table(folder, known=()):
+  """What is wrong with a converted table: a list of sentences, without what is known of its source."""
   if defect := table.defect_of(folder):
     return [f'{folder}: {defect}; it will be made again when it is next used']
   manifest = json.loads((folder / 'manifest.json').read_text())
   if table.describe_file(folder / 'images.npy')['sha256'] != manifest['sha256']:
     return [f'{folder / "images.npy"} has changed since it was made (SHA-256): remove {folder} to have it made again']
-  return [f'the table {folder.name} was made with this deviation: {note}' for note in manifest['notes']]
+  notes = [note for note in manifest['notes'] if note not in known]
+  return [f'the table {folder.name} was made with this deviation: {note}' for note in notes]
 
 
 def odd_counts(counts):
@@ -66,25 +69,29 @@ def odd_counts(counts):
 
 
 def _compare(contents, split_of):
-  """Images that do not decode or are there twice, as faults and notes."""
+  """Images that do not decode or are there twice, as faults and notes; and items of images of few levels."""
   items = [(c, item) for c, of_class in contents.classes.items() for item in of_class]
 
   def digest(entry):
     try:
       image = images.open_item(entry[1])
+      faint = images.is_faint(images.to_rgb(entry[1], image, contents.transform))
     except UserError as error:
       return str(error)
-    return hashlib.blake2b(f'{image.mode}{image.size}'.encode() + image.tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(f'{image.mode}{image.size}'.encode() + image.tobytes(), digest_size=16).digest(), faint
 
-  faults, notes, first = [], [], {}
+  faults, notes, first, faint_items = [], [], {}, []
   results = itertools.chain.from_iterable(conversion.on_cores(digest, items, 'checking'))
   for index, result in enumerate(results):
     if isinstance(result, str):
       faults.append(result)
-    elif (other := first.setdefault(result, index)) != index:
+      continue
+    digest_of_image, faint = result
+    faint_items += [items[index][1]] * faint
+    if (other := first.setdefault(digest_of_image, index)) != index:
       same_class = items[other][0] == items[index][0]
       (notes if same_class else faults).append(_twice(items[other], items[index], split_of))
-  return faults, notes
+  return faults, notes, faint_items
 
 
 def _twice(first, second, split_of):

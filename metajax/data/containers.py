@@ -10,7 +10,7 @@ import numpy as np
 
 from metajax import system
 from metajax.data import archive, images, prepared, unpickle
-from metajax.data.source import SPLITS, Contents, Format, Prepared, braces
+from metajax.data.source import Contents, Format, Prepared, braces, split_of
 from metajax.errors import UserError, first_line
 
 _MAX_CLASS = 1 << 30  # bytes of a class in an HDF5 file, which is read as a whole
@@ -33,7 +33,7 @@ def class_folders(known, inside=('',), suffix=''):
     for base in (os.path.join(folder, name) for name in inside):
       top = images.list_folders(base)
       places = [
-        os.path.join(base, s, c) for s in top if s in SPLITS for c in images.list_folders(os.path.join(base, s))
+        os.path.join(base, s, c) for s in top if split_of(s) for c in images.list_folders(os.path.join(base, s))
       ]
       places = [place for place in places if known(os.path.basename(place))]
       places = places or [os.path.join(base, c) for c in top if known(c)]

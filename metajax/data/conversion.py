@@ -18,6 +18,7 @@ import uuid
 import numpy as np
 
 from metajax.data import table
+from metajax.data.images import FEW
 from metajax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ _log = logging.getLogger(__name__)
 _CHUNK = 64  # images per decoding job
 
 
-def convert(key, classes, decode, shape, job, *, skip_bad=False, alone=True):
+def convert(key, classes, decode, shape, job, *, explain=lambda items: [], skip_bad=False, alone=True):
   """Writes a data set as the table `key`, decoded on all cores, and opens it.
 
   The table appears whole or not at all. Memory holds a few hundred images at a time; what a process that died has
@@ -38,6 +39,7 @@ def convert(key, classes, decode, shape, job, *, skip_bad=False, alone=True):
     shape: (h, w, c).
     job: the rest of the manifest: `fingerprint` and `files` it is made of, `superclasses`, `splits` and `notes` as in
       Table.
+    explain: items whose images span fewer than 16 of 256 levels -> sentences on why, which join the notes.
     skip_bad: images that do not decode are left out and listed in the notes, instead of ending the conversion.
     alone: the caller holds the table's lock (`table.locked`).
 
@@ -55,10 +57,12 @@ def convert(key, classes, decode, shape, job, *, skip_bad=False, alone=True):
     partial = _Partial(place, manifest, shape, skip_bad)
     if partial.items:
       _log.info('going on after %d of them', partial.items)
-    _write(partial, _Joined(classes.values()), decode, key, skip_bad)
+    items = _Joined(classes.values())
+    _write(partial, items, decode, key, skip_bad)
     left_out = np.searchsorted(np.cumsum(counts), [index for index, _ in partial.bad], side='right')
     manifest['images_per_class'] = np.subtract(counts, np.bincount(left_out, minlength=len(counts))).tolist()
-    manifest['notes'] = [*manifest['notes'], *(f'left out: {reason}' for _, reason in partial.bad)]
+    faint = explain([items[index] for index in partial.faint()])
+    manifest['notes'] = [*manifest['notes'], *(f'left out: {reason}' for _, reason in partial.bad), *faint]
     manifest['bytes'], manifest['sha256'] = partial.finish()
     manifest['digests'] = partial.digests(manifest['images_per_class'])
     partial.become(folder, manifest)
@@ -120,6 +124,15 @@ class _Partial:
     self.items, self.rows, self.bad = self.items + len(images) + len(bad), self.rows + len(images), self.bad + bad
     with open(self._folder / 'steps.jsonl', 'a') as file:
       file.write(json.dumps([self.items, self.rows, bad]) + '\n')
+
+  def faint(self):
+    """Numbers of the items whose images span fewer than 16 of 256 levels."""
+    few = []
+    with open(self._folder / 'images.npy', 'rb') as file:
+      file.seek(self._end(0))
+      while (block := np.fromfile(file, np.uint8, _CHUNK * math.prod(self.shape))).size:
+        few += (np.ptp(block.reshape(-1, *self.shape), axis=(1, 2)) < FEW).all(-1).tolist()
+    return np.delete(np.arange(self.items), [index for index, _ in self.bad])[np.array(few, bool)].tolist()
 
   def finish(self):
     """Completes the file; its size in bytes and its SHA-256."""

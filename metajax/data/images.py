@@ -10,16 +10,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from metajax import system
 from metajax.errors import UserError
 
-_MAX_PIXELS = 1 << 26  # of an image: 64 million are 200 MB in memory for each core, and nobody's photograph
+MAX_PIXELS = 64  # million (2**20) of an image: they take 200 MB of memory for each core, and are nobody's photograph
 _MIN_CROP = 0.1  # below, the image of which the square is cut would be too large
+FEW = 16  # of 256 levels: an image that spans fewer shows next to nothing
+_NAMED = 5  # at most so many images in a message
+_LITTER = ('__MACOSX', '@eaDir', 'Thumbs.db', 'desktop.ini')  # what systems leave behind besides hidden files
 
 
 class File(NamedTuple):
   """An image in a file of its own."""
 
   path: str
+  max_pixels: int | None = None  # million, where somebody has set them; else MAX_PIXELS
 
   def open(self):
     return Image.open(self.path, formats=formats())
@@ -98,7 +103,7 @@ def open_item(item):
     UserError: it does not decode.
   """
   with _named(item), item.open() as image:
-    _check_pixels(*image.size, 'it has')
+    _check_pixels(item, *image.size, 'it has')
     image.load()
     return image
 
@@ -124,15 +129,35 @@ def pixels(item, rendering, transform=None):
     if rendering.crop:  # resized by the shorter side, then the middle of it, as torchvision's Resize and CenterCrop
       short, shorter = round(size / rendering.crop), min(image.size)
       width, height = (short * side // shorter for side in image.size)
-      _check_pixels(width, height, f'it is {image.width} x {image.height}, and resized by the shorter side has')
+      _check_pixels(item, width, height, f'it is {image.width} x {image.height}, and resized by the shorter side has')
       left, top = round((width - size) / 2), round((height - size) / 2)
       image = image.resize((width, height), resample).crop((left, top, left + size, top + size))
     return np.asarray(image.resize((size, size), resample)).reshape(rendering.shape)
 
 
-def _check_pixels(width, height, what):
-  if width * height > _MAX_PIXELS:
-    raise ValueError(f'{what} {width} x {height} pixels, more than {_MAX_PIXELS >> 20} million')
+def allow_pixels(millions):
+  """Has Pillow open images of so many pixels, of which it refuses 178 million by itself."""
+  if Image.MAX_IMAGE_PIXELS is not None:
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, millions << 20)
+
+
+def is_faint(image):
+  """Whether an RGB image of PIL shows next to nothing: none of its colours spans 16 of 256 levels."""
+  return all(high - low < FEW for low, high in image.getextrema())
+
+
+def to_rgb(item, image, transform=None):
+  """Converts an image that `open_item` has returned to RGB, as `pixels` does before it resizes it."""
+  with _named(item):
+    return to_mode(transform(image) if transform else image, 'RGB')
+
+
+def _check_pixels(item, width, height, what):
+  setting = getattr(item, 'max_pixels', None)
+  limit = setting or MAX_PIXELS
+  if width * height > limit << 20:
+    remedy = f'; set max_pixels={-(-width * height >> 20)} to read it' if setting else ''
+    raise ValueError(f'{what} {width} x {height} pixels, more than {limit} million{remedy}')
 
 
 @contextlib.contextmanager
@@ -141,20 +166,60 @@ def _named(item):
     yield
   except Exception as error:  # each of Pillow's decoders has its own
     reason = 'not an image' if isinstance(error, UnidentifiedImageError) else error
+    if isinstance(error, Image.DecompressionBombError) and getattr(item, 'max_pixels', None):
+      reason = f'{error} Set max_pixels to read it'
     raise UserError(f'{item} does not decode ({reason}): replace or remove it') from error
 
 
 def to_mode(image, mode):
   """Turns a PIL image upright and converts it to 'RGB' or 'L', from whatever it is."""
+  return flatten(image).convert(mode)
+
+
+def flatten(image, white=None, ground='white'):
+  """Turns a PIL image upright, reduces it to 8 bits, and lays it on a ground where it is transparent.
+
+  Args:
+    image: PIL image of any mode.
+    white: value that becomes 255 in an image of more than 8 bits, which has 256 equal steps from 0 to there. None
+      takes 65535, where they are those of `>> 8`, and refuses floating-point numbers.
+    ground: colour, by a name or code that Pillow knows.
+
+  Returns:
+    PIL image without orientation and transparency.
+
+  Raises:
+    ValueError: pixels are floating-point numbers of unknown range.
+  """
   image = ImageOps.exif_transpose(image)
-  if image.mode == 'F':
+  if image.mode == 'F' and white is None:
     raise ValueError('pixels are floating-point numbers, of unknown range')
-  if image.mode.startswith('I'):  # 16 bits, which Pillow would clip at 255
-    image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+  if is_deep(image):  # Pillow would clip it at 255
+    white, steps = white or 65535, np.array(image, np.float64)
+    np.nan_to_num(steps, copy=False)
+    np.clip(steps, 0, white, out=steps)
+    steps *= 256
+    steps /= white
+    image = Image.fromarray(steps.clip(0, 255, out=steps).astype(np.uint8))
   if image.has_transparency_data:
     image = image.convert('RGBA')
-    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-  return image.convert(mode)
+    image = Image.alpha_composite(Image.new('RGBA', image.size, ground), image).convert('RGB')
+  return image
+
+
+def is_deep(image):
+  """Whether a PIL image has more than 8 bits."""
+  return image.mode == 'F' or image.mode.startswith('I')
+
+
+def name_faint(items):
+  """Sentences on images that span fewer than 16 of 256 levels."""
+  return [f'{len(items)} images span fewer than {FEW} of 256 levels: {some(items)}'] if items else []
+
+
+def some(items):
+  """Items for a message, the first few of many."""
+  return ', '.join(map(str, items[:_NAMED])) + ', ...' * (len(items) > _NAMED)
 
 
 def list_folders(folder):
@@ -164,20 +229,45 @@ def list_folders(folder):
 
 def list_images(folder):
   """Paths of the visible files in a folder that have the extension of an image format, sorted by name; likewise."""
-  return [
-    entry.path
-    for entry in _visible(folder)
-    if pathlib.PurePath(entry.name).suffix.lower() in _extensions() and _is(entry.is_file)
-  ]
+  return [path for path in list_files(folder) if is_named_image(path)]
+
+
+def list_files(folder, nested=False):
+  """Paths of the visible files in a folder, sorted by name; likewise.
+
+  Args:
+    folder: its path.
+    nested: files in the folders below follow, at any depth.
+  """
+  files, seen = [], set()
+
+  def add(place):
+    if (real := os.path.realpath(place)) in seen:  # a link leads back
+      return
+    seen.add(real)
+    entries = _visible(place)
+    files.extend(entry.path for entry in entries if _is(entry.is_file))
+    for entry in entries if nested else ():
+      if _is(entry.is_dir):
+        add(entry.path)
+
+  add(folder)
+  return files
+
+
+def is_named_image(path):
+  """Whether a file has the extension of an image format that can be read."""
+  return pathlib.PurePath(path).suffix.lower() in _extensions()
 
 
 def _visible(folder):
-  """Entries of a folder, sorted by name."""
+  """Entries of a folder, sorted by name, without what a system keeps there for itself."""
   if not os.path.isdir(folder):
     return []
   try:
     with os.scandir(folder) as entries:
-      return sorted((entry for entry in entries if not entry.name.startswith('.')), key=lambda entry: entry.name)
+      visible = (entry for entry in entries if not entry.name.startswith('.') and entry.name not in _LITTER)
+      return sorted(visible, key=lambda entry: entry.name)
   except (FileNotFoundError, PermissionError):  # it has just been removed, or is somebody else's
     return []
 
@@ -192,11 +282,17 @@ def _is(test):
 
 @functools.cache
 def formats():
-  """Names of the formats that Pillow reads by itself: for EPS it would run Ghostscript on a stranger's program."""
+  """Names of the formats that Pillow reads by itself: for EPS it would run Ghostscript on a stranger's program.
+
+  With the package pillow-heif, HEIC is one.
+  """
   Image.init()
+  with contextlib.suppress(UserError):
+    system.package('pillow_heif', 'HEIC').register_heif_opener()
   return tuple(name for name in Image.OPEN if name != 'EPS')
 
 
 @functools.cache
 def _extensions():
-  return {extension for extension, name in Image.registered_extensions().items() if name in formats()}
+  known = formats()
+  return {extension for extension, name in Image.registered_extensions().items() if name in known}

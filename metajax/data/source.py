@@ -19,9 +19,21 @@ from metajax.errors import NO_ROOM, UserError, first_line
 
 _log = logging.getLogger(__name__)
 
-SPLITS = {'train': 'train', 'val': 'val', 'validation': 'val', 'valid': 'val', 'test': 'test'}  # as people spell them
+SPLITS = {  # as people spell them
+  'train': 'train',
+  'training': 'train',
+  'val': 'val',
+  'valid': 'val',
+  'validation': 'val',
+  'dev': 'val',
+  'test': 'test',
+  'testing': 'test',
+}
 IMAGENET_TERMS = "ImageNet's terms allow non-commercial research and education only"
+_WARNINGS = 5  # at most so many lines on what deviates
+_NAMED = 4  # at most so many classes of another size have a note of their own
 _HASHED = 16  # up to so many files, the manifest has the hash of each
+_CHECK = '`metajax data NAME --check`'
 _NONE = types.MappingProxyType({})
 
 
@@ -33,6 +45,8 @@ class Contents(NamedTuple):
   transform: Callable | None = None  # PIL image -> PIL image, ahead of everything else
   notes: tuple[str, ...] = ()  # what else deviates from the data set as published, besides numbers of images
   faults: tuple[str, ...] = ()  # what makes it unfit: no table is made of it
+  # Items whose images span fewer than 16 of 256 levels -> sentences on why.
+  explain: Callable = images.name_faint
 
 
 class Format(NamedTuple):
@@ -99,6 +113,11 @@ def stored(name):
   return json.loads((pathlib.Path(__file__).parents[1] / 'datasets' / 'splits' / f'{name}.json').read_text())
 
 
+def split_of(folder):
+  """The split whose images a folder of that name holds, in small letters or capitals; None if it is of none."""
+  return SPLITS.get(folder.lower())
+
+
 def load(dataset: Dataset, data_dir, rendering: images.Rendering, turned=()):
   """`obtain`, and divide by the data set's splits.
 
@@ -140,10 +159,12 @@ def obtain(dataset: Dataset, data_dir, rendering: images.Rendering):
         lock.parent.mkdir(parents=True, exist_ok=True)
         alone = stack.enter_context(table.locked(lock))
       result = _current(key, dataset, data_dir) or _convert(key, dataset, data_dir, rendering, alone)
-  for note in result.notes[:5]:
-    _log.warning('%s is not as published: %s', dataset.title, note)
-  if len(result.notes) > 5:
-    _log.warning('and %d more such notes in %s', len(result.notes) - 5, table.cache_dir() / key / 'manifest.json')
+  what = f'{dataset.title} is not as published' if dataset.counts else dataset.title
+  shown = len(result.notes) if len(result.notes) <= _WARNINGS else _WARNINGS - 1
+  for note in result.notes[:shown]:
+    _log.warning('%s: %s', what, note)
+  if more := len(result.notes) - shown:
+    _log.warning('and %d more such notes in %s', more, table.cache_dir() / key / 'manifest.json')
   return result
 
 
@@ -180,8 +201,14 @@ def outside(text, found, scratch):
   return text.replace(f'{scratch / "archives"}{os.sep}', f'{archives}: ')
 
 
-def deviations(dataset, contents):
-  """How the number of images differs from the published, in sentences."""
+def deviations(dataset, contents, named=_NAMED):
+  """How the number of images differs from the published, in sentences.
+
+  Args:
+    dataset: source.Dataset.
+    contents: of its files.
+    named: up to so many classes of another size have a sentence each; more share one.
+  """
   if not dataset.counts:
     return []
   counts = {c: len(items) for c, items in contents.classes.items()}
@@ -190,11 +217,14 @@ def deviations(dataset, contents):
   if contents.splits:  # of classes without names
     return fewer
   missing = sorted(dataset.counts.keys() - counts.keys())
-  notes = [f'{len(missing)} of {len(dataset.counts)} classes are missing: {_some(missing)}'] if missing else []
+  notes = [f'{len(missing)} of {len(dataset.counts)} classes are missing: {images.some(missing)}'] if missing else []
   if dataset.total:
     return notes + fewer
   odd = [c for c, count in counts.items() if count != dataset.counts.get(c, count)]
-  return notes + [f'class {c} has {counts[c]} images, not {dataset.counts[c]}' for c in odd]
+  each = [f'class {c} has {counts[c]} images, not {dataset.counts[c]}' for c in odd]
+  if len(odd) > named:
+    each = [f'{each[0]}, and {len(odd) - 1} more classes have other numbers than published: {images.some(odd[1:])}']
+  return notes + each
 
 
 def read(dataset, found, scratch):
@@ -289,7 +319,7 @@ def _convert(key, dataset, data_dir, rendering, alone):
     raise UserError(outside(str(error), found, scratch)) from error
   if contents.faults:
     more = f' (and {len(contents.faults) - 1} more faults)' if len(contents.faults) > 1 else ''
-    raise UserError(f'{contents.faults[0]}{more}; `metajax data NAME --check` lists all that is wrong')
+    raise UserError(f'{contents.faults[0]}{more}; {_CHECK} lists all that is wrong')
   with _reading(found.folder):
     files = [table.describe_file(path) for path in found.paths] if len(found.paths) <= _HASHED else []
   job = {
@@ -301,14 +331,20 @@ def _convert(key, dataset, data_dir, rendering, alone):
     'notes': [*contents.notes, *deviations(dataset, contents)],
   }
 
+  skip_bad = _skip_bad.get()
+
   def decode(item):
     try:
       return images.pixels(item, rendering, contents.transform)
     except UserError as error:
-      raise UserError(outside(str(error), found, scratch)) from error
+      hint = '' if skip_bad else f'; {_CHECK} lists all such images, --skip_bad leaves them out'
+      raise UserError(outside(str(error), found, scratch) + hint) from error
+
+  def explain(items):  # published images are as they are
+    return [] if dataset.counts else contents.explain(items)
 
   result = conversion.convert(
-    key, contents.classes, decode, rendering.shape, job, skip_bad=_skip_bad.get(), alone=alone
+    key, contents.classes, decode, rendering.shape, job, explain=explain, skip_bad=skip_bad, alone=alone
   )
   shutil.rmtree(scratch, ignore_errors=True)
   return result
@@ -343,7 +379,3 @@ def _is_unfinished(dataset, data_dir, found):
 
 def _home(dataset, data_dir):
   return os.path.normpath(os.path.join(data_dir, *dataset.places[:1]))
-
-
-def _some(names):
-  return ', '.join(names[:5]) + ', ...' * (len(names) > 5)

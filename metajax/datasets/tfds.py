@@ -51,7 +51,7 @@ def dataset(builder, data_dir, grey=False, splits='', fractions=(0.64, 0.16, 0.2
 
   def divide(names):
     if splits:
-      return _read_splits(os.path.join(data_dir, splits), names)
+      return _read_splits(os.path.join(data_dir, os.path.expanduser(splits)), names)
     return folder.deal(names, fractions, split_seed, f'TFDS {builder}')
 
   return source.Dataset(
