@@ -65,13 +65,13 @@ def contact_sheet(path, title, splits, classes=8, columns=12):
   for ax, (split, t) in zip(
     fig.subplots(len(splits), height_ratios=heights, squeeze=False)[:, 0], splits.items(), strict=True
   ):
-    h, w, c = t.images.shape[1:]
+    h, w, c = visible(t.images[:1]).shape[1:]
     gap = max(1, h // 14)
     sheet = np.full((len(rows[split]) * (h + gap), columns * (w + gap), c), 255, np.uint8)
     for y, k in enumerate(rows[split]):
       picks = np.linspace(0, t.counts[k] - 1, min(columns, t.counts[k])).round().astype(int)
       for x, pick in enumerate(picks):
-        image = np.rot90(t.images[t.starts[k] + pick], t.turns[k])
+        image = np.rot90(visible(t.images[t.starts[k] + pick]), t.turns[k])
         sheet[y * (h + gap) : y * (h + gap) + h, x * (w + gap) : x * (w + gap) + w] = image
     ax.imshow(sheet.squeeze(), cmap='gray', vmin=0, vmax=255, interpolation='none' if h >= 60 else 'nearest')
     ax.set_title(f'{split}: {len(t.names)} classes, {t.counts.sum()} images')
@@ -90,11 +90,12 @@ def _short(name, length=28):
 
 
 @matplotlib.rc_context(STYLE)
-def learning_curves(path, records):
+def learning_curves(path, records, kinds=('', '')):
   """Draws loss and accuracy against meta-updates, meta-training and meta-validation.
 
   Args:
     path: where the PNG goes.
+    kinds: what the legend says of the episodes of training and of validation, such as ('20-way', '5-way').
     records: dicts with 'step' and any of 'train/loss', 'val/loss', 'train/accuracy', 'val/accuracy' (fractions), and
       'val/loss_ci95', 'val/accuracy_ci95' for the bands; in regression there is no accuracy, and no panel for it.
   """
@@ -102,16 +103,17 @@ def learning_curves(path, records):
     ['loss', 'accuracy'] if any(f'{s}/accuracy' in r for r in records for s in ('train', 'val')) else ['loss']
   )
   fig = Figure(figsize=(6.4 * len(quantities), 4.6), layout='constrained')
-  handles = {}
+  handles, (trained, validated) = {}, (f', {kind}' * bool(kind) for kind in kinds)
   for ax, quantity in zip(fig.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
     scale = 100 if quantity == 'accuracy' else 1
     bounds = []
     steps, values = _series(records, f'train/{quantity}', scale)
     if len(steps):
-      smooth = _running_mean(values, max(1, len(values) // 40))
+      window = max(1 + (len(values) > 4), len(values) // 40)  # of a few values there is no mean worth its name
+      smooth = _running_mean(values, window)
       ax.plot(steps, values, color=SKY, linewidth=0.8, alpha=0.5)
       [line] = ax.plot(steps, smooth, color=BLUE, linewidth=2.2, marker='o' if len(steps) == 1 else None)
-      handles['meta-train, running mean'] = line
+      handles[f'meta-train{trained}{", running mean" * (window > 1)}'] = line
       bounds += [*smooth, *np.percentile(values, [1, 99])]  # a few spikes must not flatten the rest
     steps, values = _series(records, f'val/{quantity}', scale)
     if len(steps):
@@ -119,7 +121,7 @@ def learning_curves(path, records):
       half = np.array([half.get(step, 0.0) for step in steps])
       band = ax.fill_between(steps, values - half, values + half, color=ORANGE, alpha=0.3, linewidth=0)
       [line] = ax.plot(steps, values, color=RED, linewidth=1.8, marker='o', markersize=4.5)
-      handles['meta-validation, 95 % interval'] = (band, line)
+      handles[f'meta-validation{validated}, 95 % interval'] = (band, line)
       bounds += [*(values - half), *(values + half)]
     if bounds:
       low, high = min(bounds), max(bounds)
@@ -157,14 +159,14 @@ def task_weights(path, records):
     for i, color in enumerate(colors):
       axes[0].plot(steps, weights[:, i], color=color, linewidth=1.4, label=str(i + 1))
     if weights.shape[1] <= SHOWN:
-      axes[0].legend(title='weight', ncols=2)
+      _legend_below(axes[0], title='weight of task')
   else:
     for (low, high), alpha, label in (((0, 4), 0.25, 'all'), ((1, 3), 0.5, 'half of them')):
       axes[0].fill_between(
         steps, quantiles[:, low], quantiles[:, high], color=SKY, alpha=alpha, linewidth=0, label=label
       )
     axes[0].plot(steps, quantiles[:, 2], color=BLUE, linewidth=2, label='median')
-    axes[0].legend()
+    _legend_below(axes[0])
   if len(pair):
     axes[1].set(title='Values of the pair')
     for side, (color, label) in enumerate(((BLUE, 'weights plus'), (RED, 'weights minus'))):
@@ -174,10 +176,17 @@ def task_weights(path, records):
     axes[2].plot(steps, gain, color=GREEN, linewidth=2, label='gain')
     axes[2].plot(steps, radius, color=ORANGE, linewidth=2, label='radius')
     for ax in axes[1:]:
-      ax.legend()
+      _legend_below(ax)
   for ax in axes:
     _count_meta_updates(ax)
   _save(fig, path)
+
+
+def _legend_below(ax, title=None):
+  """A legend below the axes, where it hides nothing."""
+  ax.legend(
+    title=title, loc='upper center', bbox_to_anchor=(0.5, -0.16), ncols=SHOWN, columnspacing=1.0, handlelength=1.2
+  )
 
 
 @matplotlib.rc_context(STYLE)
@@ -308,23 +317,26 @@ def inner_steps(path, values, ci95, *, quantity, way=None):
 
 
 @matplotlib.rc_context(STYLE)
-def episode_grid(path, support, query, predictions, *, way):
+def episode_grid(path, support, query, predictions, *, way, names=()):
   """Shows one episode, a row for each class: its support images and what its queries were taken for.
 
   Args:
     path: where the PNG goes.
-    support: images (n, h, w, c) on any scale, targets (n,) in [0, way).
+    support: images (n, h, w, c) on any scale, targets (n,) in [0, way). Of more than three channels the first three
+      are shown, of two their mean.
     query: the same for the queries.
     predictions: (queries,) predicted classes.
     way: number of classes.
+    names: of the classes, (way,), if they are known.
   """
   images = _displayable(support[0], query[0])
   targets = [np.asarray(support[1]), np.asarray(query[1])]
   predictions = np.asarray(predictions)
   rows = [[np.flatnonzero(side == k)[:SHOWN] for side in targets] for k in range(way)]
   columns = [max(len(row[side]) for row in rows) for side in range(2)]
+  labels, below = _labels(way, names)
   # Units are image sides: one axes for the whole figure is many times faster than one for each image.
-  pitch, row_pitch, left, gap = 1.1, 1.36, 1.3, 0.55
+  pitch, row_pitch, left, gap = 1.1, 1.36, max(1.3, 0.4 + 0.145 * max(map(len, labels))), 0.55
   starts = [left, left + columns[0] * pitch + gap]
   right, bottom = max(starts[1] + columns[1] * pitch, 7.0), way * row_pitch
   inch = 0.82 if way <= 10 else 0.62
@@ -335,7 +347,7 @@ def episode_grid(path, support, query, predictions, *, way):
 
   for k, row in enumerate(rows):
     top = k * row_pitch
-    ax.text(left - 0.18, top + 0.5, f'class {k}', ha='right', va='center', fontsize=large, weight='bold')
+    ax.text(left - 0.18, top + 0.5, labels[k], ha='right', va='center', fontsize=large, weight='bold')
     for side, members in enumerate(row):
       for column, index in enumerate(members):
         x = starts[side] + column * pitch
@@ -345,7 +357,7 @@ def episode_grid(path, support, query, predictions, *, way):
         width = 1 if side == 0 else 3.2 * inch
         ax.add_patch(Rectangle((x, top), 1, 1, fill=False, edgecolor=color, linewidth=width))
         if side == 1:
-          text = f'{"✓" if good else "✗"} class {predictions[index]}'
+          text = f'{"✓" if good else "✗"} {below[predictions[index]]}'
           ax.text(x + 0.5, top + 1.05, text, ha='center', va='top', color=color, fontsize=small, weight='bold')
   ax.plot([starts[1] - 0.08 - gap / 2] * 2, [-0.1, bottom - 0.2], color='#C4C4C4', linewidth=1.2)
   shot, shown = len(targets[0]) // way, sum(len(row[1]) for row in rows)
@@ -463,8 +475,25 @@ def _running_mean(values, window):
   return padded[0] / padded[1]
 
 
+def _labels(way, names):
+  """What to call the classes of an episode: beside their rows, and below a query, where there is little room."""
+  names = [_short(str(name), 24) for name in names]
+  cut = [name if len(name) <= 9 else f'{name[:8]}…' for name in names]
+  if len(set(cut)) == way:
+    return names, cut
+  numbers = [f'class {k}' for k in range(way)]
+  return [f'{k}: {name}' for k, name in enumerate(names)] or numbers, numbers
+
+
+def visible(images):
+  """Images (..., c) as grey ones, (..., 1), or RGB: of more than three channels the first three, of two the mean."""
+  channels = images.shape[-1]
+  return images.mean(axis=-1, keepdims=True) if channels == 2 else images[..., : 3 if channels > 3 else channels]
+
+
 def _displayable(*batches):
   """Scales batches (n, h, w, c) together to [0, 1]; grey ink on black becomes black ink on white, (n, h, w)."""
+  batches = [visible(np.asarray(b)) for b in batches]
   low, high = min(np.min(b) for b in batches), max(np.max(b) for b in batches)
   batches = [np.clip((np.asarray(b, np.float32) - low) / max(high - low, 1e-12), 0, 1) for b in batches]
   if batches[0].shape[-1] > 1:

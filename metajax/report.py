@@ -15,7 +15,7 @@ from metajax import config as config_lib
 from metajax import evaluate, heads, losses, networks, parallel, processes, system, writer
 from metajax import workdir as workdir_lib
 from metajax.data import episodes, identity
-from metajax.errors import UserError
+from metajax.errors import UserError, first_line
 from metajax.files import write_atomically
 from metajax.progress import readable
 
@@ -93,9 +93,9 @@ def test(config, experiment, state, workdir, checkpoints):
     partial.unlink()
   if drawing := figures():
     draw(drawing, experiment, state, result, folder)
-    _copy_figures(folder, Path(workdir) / 'figures')
+    _attempt(lambda to: _copy_figures(folder, to), Path(workdir) / 'figures')
+    _attempt(writer.add_figures, workdir)
     print(f'figures: {Path(workdir) / "figures"}')
-    writer.add_figures(workdir)
   if of_last:
     print(last_line(result))
   if members:
@@ -388,33 +388,61 @@ def figures():
     return None
 
 
-def draw_training(workdir):
+def draw_training(workdir, config=None):
   """Draws the learning curves, and task weights, inner step sizes and the steps' importance where there are any.
 
-  They go into the TensorBoard events as well.
+  They go into the TensorBoard events as well. With the run's config, the legend says where training and validation
+  have other episodes.
   """
   if not (drawing := figures()):
     return
   folder, records = Path(workdir) / 'figures', writer.read(workdir)
-  drawing.learning_curves(folder / 'learning_curves.png', records)
-  drawing.task_weights(folder / 'task_weights.png', records)
-  drawing.inner_lr(folder / 'inner_lr.png', records)
-  drawing.loss_importance(folder / 'loss_importance.png', records)
-  writer.add_figures(workdir)
+  _attempt(drawing.learning_curves, folder / 'learning_curves.png', records, _kinds(config))
+  _attempt(drawing.task_weights, folder / 'task_weights.png', records)
+  _attempt(drawing.inner_lr, folder / 'inner_lr.png', records)
+  _attempt(drawing.loss_importance, folder / 'loss_importance.png', records)
+  _attempt(writer.add_figures, workdir)
+
+
+def _kinds(config):
+  """What sets the episodes of training and validation apart; two empty texts where nothing does."""
+  if config is None or not config.data.way:
+    return '', ''
+  kinds = 'all classes' if config.data.batch else f'{config.data.way}-way', f'{_chosen(config, "data", "way")}-way'
+  return kinds if kinds[0] != kinds[1] else ('', '')
+
+
+def _attempt(draw, path, *args, **options):
+  """Draws a figure: one that cannot be drawn, for whatever reason, costs a line and not the run its result."""
+  try:
+    draw(path, *args, **options)
+  except Exception as error:
+    print(f'{path} was not drawn: {type(error).__name__}: {first_line(error)}')
 
 
 def draw(figures, experiment, state, result, folder):
-  """Draws, by the module `figures`, the inner loop's gain, and one test episode or a few regression tasks."""
+  """Draws, by the module `figures`, the inner loop's gain, and one test episode or a few regression tasks.
+
+  Episodes are drawn where their inputs are images, (h, w, c).
+  """
   quantity = 'accuracy' if 'accuracy' in result else 'loss'
   if steps := result.get('by_inner_step'):
     values, ci95 = np.array(steps[quantity]), np.array(steps[f'{quantity}_ci95'])
-    figures.inner_steps(folder / 'inner_steps.png', values, ci95, quantity=quantity, way=result.get('way'))
-  if quantity == 'accuracy':
-    episode, outputs = _predictor(experiment, state, experiment.sources['test'])(0)
-    predictions = outputs[-1].argmax(axis=-1)
-    figures.episode_grid(folder / 'episode.png', episode.support, episode.query, predictions, way=result['way'])
-  else:
-    figures.regression_curves(folder / 'regression.png', _curves(experiment, state, result['shot']))
+    _attempt(figures.inner_steps, folder / 'inner_steps.png', values, ci95, quantity=quantity, way=result.get('way'))
+  if quantity == 'loss':
+    _attempt(
+      lambda path: figures.regression_curves(path, _curves(experiment, state, result['shot'])),
+      folder / 'regression.png',
+    )
+  elif experiment.example.ndim == 4:
+    _attempt(lambda path: _draw_episode(figures, experiment, state, path), folder / 'episode.png')
+
+
+def _draw_episode(figures, experiment, state, path):
+  episode, outputs = _predictor(experiment, state, experiment.sources['test'])(0)
+  names = [experiment.splits['test'].names[k] for k in episode.class_ids]
+  predictions = outputs[-1].argmax(axis=-1)
+  figures.episode_grid(path, episode.support, episode.query, predictions, way=len(names), names=names)
 
 
 def _curves(experiment, state, shot, tasks=4, points=200):

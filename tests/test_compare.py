@@ -443,7 +443,7 @@ def test_notes(make, capsys):
 
 def test_what_is_read_equals_what_is_evaluated(cache, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(report, 'draw', lambda *arguments: None)
-  monkeypatch.setattr(report, 'draw_training', lambda workdir: None)
+  monkeypatch.setattr(report, 'draw_training', lambda *arguments: None)
   folders = [tmp_path / name for name in ('a', 'b')]
   for seed, folder in enumerate(folders):
     small = '--config.total_steps=2', '--config.checkpoint_every=1', '--config.eval.episodes=6'

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from metajax import figures, report, writer
+from metajax import config, figures, report, writer
 from tests.conftest import tensorboard_events
 
 
@@ -132,6 +132,34 @@ def test_episode_grid(drawn, way, shot, queries, channels):
   assert len(drawn.figure.axes[0].images) == way * (shown + min(shot, figures.SHOWN))
   accuracy = 100 * (1 - 1 / (way * queries))
   assert f'{way}-way {shot}-shot episode: {accuracy:.0f} % of {way * queries} queries correct' in texts
+
+
+@pytest.mark.parametrize(
+  ('names', 'rows', 'below'),
+  [
+    (('cat', 'maple tree'), ['cat', 'maple tree'], ['✓ cat', '✓ maple tr…']),
+    (
+      ('Angelic/character01', 'Angelic/character02'),
+      ['0: Angelic/character01', '1: Angelic/character02'],
+      ['✓ class 0'],
+    ),
+    (('$a', 'b' * 40), [r'\$a', f'...{"b" * 21}'], ['✓ \\$a', '✓ ...bbbbb…']),
+  ],
+)
+def test_classes_have_their_names(drawn, names, rows, below):
+  support, query = episode(2, 1, 3, 3)
+  figures.episode_grid(drawn.path, support, query, query[1], way=2, names=names)
+  assert {*rows, *below} <= set(drawn.texts())
+
+
+@pytest.mark.parametrize('channels', [2, 4, 12])
+def test_images_of_any_number_of_channels(drawn, channels):
+  support, query = episode(3, 1, 2, channels)
+  figures.episode_grid(drawn.path, support, query, query[1], way=3)
+  shown = np.asarray(drawn.figure.axes[0].images[0].get_array(), float)
+  image = support[0][np.flatnonzero(support[1] == 0)[0]]
+  expected = image.mean(-1) if channels == 2 else image[..., :3]
+  np.testing.assert_allclose(np.corrcoef(shown.ravel(), expected.ravel())[0, 1], 1, atol=1e-3)
 
 
 def test_a_single_query_and_uint8(drawn):
@@ -265,3 +293,38 @@ def test_training_is_drawn_as_far_as_it_was_recorded_and_goes_into_the_events_on
     report.draw_training(tmp_path)
     found = figures_in_events()
     assert found == [(2, f'figures/{name}') for name in ('inner_lr', 'learning_curves', 'loss_importance')]
+
+
+def test_a_figure_that_cannot_be_drawn_costs_a_line(tmp_path, monkeypatch, capsys):
+  def fail(path, *args):
+    raise RuntimeError('no room\nat all')
+
+  monkeypatch.setattr(figures, 'task_weights', fail)
+  with contextlib.closing(writer.Writer(tmp_path, 0)) as log:
+    log.write(1, 'train', {'loss': 1.0})
+  report.draw_training(tmp_path)
+  assert 'task_weights.png was not drawn: RuntimeError: no room\n' in capsys.readouterr().out
+  assert (tmp_path / 'figures' / 'learning_curves.png').exists()
+
+
+def test_the_legend_says_where_training_and_validation_differ(drawn):
+  records = list(classification_records(60))
+  figures.learning_curves(drawn.path, records, ('20-way', '5-way'))
+  assert {'meta-train, 20-way, running mean', 'meta-validation, 5-way, 95 % interval'} <= set(drawn.texts())
+  given = config.load('quickstart')
+  for overrides, kinds in (
+    ([], ('', '')),
+    (['--config.eval.way=3'], ('5-way', '3-way')),
+    (['--config.data.batch=8'], ('all classes', '5-way')),
+  ):
+    assert report._kinds(config.override(given, overrides)) == kinds
+
+
+def test_a_mean_of_a_few_records_is_none(drawn):
+  records = [{'step': k, 'train/loss': float(k % 2)} for k in range(1, 5)]
+  figures.learning_curves(drawn.path, records)
+  assert 'meta-train' in drawn.texts()
+  figures.learning_curves(drawn.path, [*records, {'step': 5, 'train/loss': 1.0}])
+  assert 'meta-train, running mean' in drawn.texts()
+  smooth = drawn.figure.axes[0].lines[1].get_ydata()
+  np.testing.assert_allclose(smooth, [0.5, 2 / 3, 1 / 3, 2 / 3, 0.5])

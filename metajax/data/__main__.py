@@ -121,7 +121,7 @@ def _prepare(name, data_dir, settings):
     figures = system.package('metajax.figures', 'drawing')
     figures.contact_sheet(folder / 'sheet.png', name, splits)
     print(f'  sheet  {folder / "sheet.png"}')
-  except (OSError, UserError) as error:  # a table is of use without
+  except Exception as error:  # a table is of use without
     print(f'  sheet  none: {error}')
 
 
