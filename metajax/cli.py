@@ -42,7 +42,11 @@ example: metajax train --config=quickstart
 
 def main(argv=None):
   """Runs `metajax COMMAND ARGUMENTS`; returns the exit status."""
-  argv = sys.argv if argv is None else argv
+  with lasting_streams():
+    return _main(sys.argv if argv is None else argv)
+
+
+def _main(argv):
   name = argv[1] if len(argv) > 1 else '--help'
   if name in ('-h', '--help', 'help'):
     width = max(map(len, COMMANDS))
@@ -66,19 +70,62 @@ def command(function):
 
   @functools.wraps(function)
   def run(argv=None):
-    try:
-      return function(sys.argv if argv is None else argv)
-    except BrokenPipeError:  # whoever reads has seen enough
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-      return 0
-    except (Exception, KeyboardInterrupt) as error:
-      status, line = explain(error)
-      if line is None:
-        raise
-      print(line, file=sys.stderr)
-      return status
+    with lasting_streams():
+      try:
+        status = function(sys.argv if argv is None else argv)
+        sys.stdout.flush()
+        return status
+      except (Exception, KeyboardInterrupt) as error:
+        status, line = explain(error)
+        if line is None:
+          raise
+        print(line, file=sys.stderr)
+        return status
 
   return run
+
+
+@contextlib.contextmanager
+def lasting_streams():
+  """Within, nothing ends because nobody reads what it prints: a closed stream, or a pipe whose reader has gone away.
+
+  A run may take days, and all that it finds is in files.
+  """
+  for number in (1, 2):  # else the next file that is opened would get what libraries print
+    try:
+      os.fstat(number)
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)
+  with (
+    contextlib.redirect_stdout(_Lasting(sys.stdout or open(os.devnull, 'w'))),
+    contextlib.redirect_stderr(_Lasting(sys.stderr or open(os.devnull, 'w'))),
+  ):
+    yield
+
+
+class _Lasting:
+  """A text stream that turns into a sink when its reader goes away, or after an error."""
+
+  def __init__(self, stream):
+    self._stream = stream
+
+  def __getattr__(self, name):
+    return getattr(self._stream, name)
+
+  def write(self, text):
+    self._attempt(self._stream.write, text)
+    return len(text)
+
+  def flush(self):
+    self._attempt(self._stream.flush)
+
+  def _attempt(self, function, *args):
+    try:
+      function(*args)
+    except OSError as error:  # what Python still holds goes nowhere, too
+      os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+      if not isinstance(error, BrokenPipeError):
+        raise
 
 
 def parse_flags(values, argv, usage):
@@ -115,6 +162,7 @@ def _expand_home(argument):
 def log_plainly():
   """Has metajax's log lines printed as they are."""
   logging.basicConfig(format='%(message)s', stream=sys.stdout, force=True)
+  logging.raiseExceptions = False  # a line that cannot be printed is no reason for a traceback
   logging.getLogger('metajax').setLevel(logging.INFO)
 
 

@@ -41,6 +41,11 @@ def main(argv=None, *, mode=None, usage=None):
   Returns:
     the exit status: 2, after one line on stderr, for what a user can mend.
   """
+  with cli.lasting_streams():
+    return _main(argv, mode, usage)
+
+
+def _main(argv, mode, usage):
   cli.set_up()
   try:
     options, overrides = parse(sys.argv if argv is None else argv, mode, usage)

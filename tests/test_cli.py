@@ -1,5 +1,6 @@
 """`metajax COMMAND`, and how configs are found."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from metajax import cli, compare
 from metajax import config as config_lib
 from metajax import main as main_lib
 from metajax.errors import UserError
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, start
 
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())
 
@@ -178,3 +179,43 @@ def test_requirements_name_what_the_code_imports():
   others = {name for name in imported if name not in sys.stdlib_module_names} - {'metajax', 'tensorflow', 'msvcrt'}
   assert {names.get(name, name) for name in others} <= required
   assert {'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ml_collections', 'tensorflow-datasets'} <= required
+
+
+def test_a_stream_outlasts_its_reader():
+  reader, number = os.pipe()
+  with os.fdopen(number, 'w') as stream:
+    lasting = cli._Lasting(stream)
+    print('read', file=lasting, flush=True)
+    assert os.read(reader, 100) == b'read\n'
+    os.close(reader)
+    for _ in range(2):
+      print('unread', file=lasting, flush=True)
+    assert os.fstat(stream.fileno()).st_rdev == os.stat(os.devnull).st_rdev
+    assert not lasting.isatty()
+
+
+def test_nothing_is_printed_to_streams_that_are_closed(monkeypatch):
+  monkeypatch.setattr(sys, 'stdout', None)
+  monkeypatch.setattr(sys, 'stderr', None)
+  with cli.lasting_streams():
+    print('nowhere')
+    assert not sys.stderr.isatty()
+  assert sys.stdout is None
+
+
+@pytest.mark.parametrize('closed', ['', '>&-', '2>&-', '>&- 2>&-', '>/dev/full'])
+def test_commands_without_streams(closed):
+  """As a shell starts them."""
+  command = f'{sys.executable} -m metajax.data glyphs --check {closed}'
+  ended = subprocess.run(['sh', '-c', command], cwd=ROOT, capture_output=True, text=True)
+  assert ended.returncode == (2 if 'full' in closed else 0), ended.stderr
+  assert 'Traceback' not in ended.stderr
+
+
+def test_a_run_goes_on_when_nobody_reads_its_log_any_more(cache, tmp_path):
+  process = start(f'--config={TINY}', f'--workdir={tmp_path}', '--config.model.name=mlp')
+  assert process.stdout.readline().startswith('training')
+  process.stdout.close()
+  errors = process.stderr.read()
+  assert process.wait() == 0, errors
+  assert errors == '' and (tmp_path / 'test.json').exists()
