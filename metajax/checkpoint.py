@@ -50,13 +50,14 @@ class Checkpoints:
       self.directory, options=ocp.CheckpointManagerOptions(**options), item_names=('state', 'checksum')
     )
 
-  def save(self, state, score=None, seconds=0.0):
+  def save(self, state, score=None, seconds=0.0, records=0):
     """Starts writing a state.
 
     Args:
       state: NamedTuple of arrays, with its `step`.
       score: of its validation, higher is better; None if there was none.
       seconds: of training so far.
+      records: in `metrics.jsonl` so far.
     """
     state = jax.tree.map(np.array, jax.device_get(state))  # copies: the step reuses the memory of its state
     checksum = {'crc32': {field: _checksum(value) for field, value in state._asdict().items()}}
@@ -64,7 +65,7 @@ class Checkpoints:
       self._manager.save(
         int(state.step),
         args=ocp.args.Composite(state=ocp.args.StandardSave(state), checksum=ocp.args.JsonSave(checksum)),
-        metrics={'score': None if score is None else float(score), 'seconds': seconds},
+        metrics={'score': None if score is None else float(score), 'seconds': seconds, 'records': records},
       )
 
   def restore(self, step, like):
@@ -182,10 +183,17 @@ class Checkpoints:
 
   def seconds(self, step):
     """Seconds of training before a checkpoint; 0 where it does not say, or there is none."""
+    return float(self._said(step, 'seconds'))
+
+  def records(self, step):
+    """Records in `metrics.jsonl` when a checkpoint was saved; 0 likewise."""
+    return int(self._said(step, 'records'))
+
+  def _said(self, step, name):
     try:
-      return float(_read_metrics(self.directory / str(step)).get('seconds', 0.0))
+      return _read_metrics(self.directory / str(step)).get(name, 0)
     except _NO_SCORE:
-      return 0.0
+      return 0
 
   def close(self):
     """Waits until everything is on disk."""

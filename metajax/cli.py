@@ -180,7 +180,12 @@ def set_up():
 
 
 _ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
-_REMEDIES = {**dict.fromkeys(NO_ROOM, 'make room'), **dict.fromkeys(_ACCESS, 'make it accessible')}
+_IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)  # a folder in the place of a file, or the other way round
+_REMEDIES = {
+  **dict.fromkeys(NO_ROOM, 'make room'),
+  **dict.fromkeys(_ACCESS, 'make it accessible'),
+  **dict.fromkeys(_IN_THE_WAY, 'move it out of the way'),
+}
 
 
 def explain(error):

@@ -224,7 +224,7 @@ def train(config, experiment, workdir, checkpoints, stop):
   validate = validation(config, experiment)
   with (
     contextlib.closing(processes.on_first(Progress, total, done, tasks, checkpoints.seconds(done))) as progress,
-    contextlib.closing(processes.on_first(Writer, workdir, done)) as writer,
+    contextlib.closing(processes.on_first(Writer, workdir, done, checkpoints.records(done))) as writer,
     contextlib.closing(profile),
     contextlib.closing(pipeline.prefetch(make_batch, range(done + 1, total + 1), progress.waited)) as batches,
   ):
@@ -265,7 +265,7 @@ def train(config, experiment, workdir, checkpoints, stop):
           scores.append(score)
           state = after_validation(state, scores, config.optimizer, progress)
       writer.sync()  # metrics first: a checkpoint without its metrics could not be resumed exactly
-      checkpoints.save(state, score, seconds)
+      checkpoints.save(state, score, seconds, writer.records)
       progress.pause(time.perf_counter() - start)
       if in_flight.stop:
         progress.say(f'stopped at step {step}, checkpoint saved: run the same command again to resume')

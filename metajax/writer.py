@@ -20,11 +20,19 @@ class Writer:
 
   Whatever lies beyond `step`, the step that the run goes on from, was written by a run that was cut off: it goes, and
   is written again.
+
+  Args:
+    workdir: of the run.
+    step: see above.
+    before: records that there were at that step; if there are fewer now, a line says so.
   """
 
-  def __init__(self, workdir, step):
+  def __init__(self, workdir, step, before=0):
     self._path = Path(workdir) / 'metrics.jsonl'
     kept = [record for record in read(workdir) if record['step'] <= step]
+    if len(kept) < before:
+      print(f'{self._path} has lost {before - len(kept)} of {before} records up to step {step}: curves have a gap')
+    self.records = len(kept)
     write_atomically(self._path, ''.join(_line(record) for record in kept))
     self._file = self._path.open('a')
     self._events = SummaryWriter(str(workdir), purge_step=step + 1)
@@ -41,6 +49,7 @@ class Writer:
     metrics = {f'{split}/{name}': np.asarray(value, np.float64).tolist() for name, value in metrics.items()}
     kept = {name: float(f'{times[name]:.6g}') for name in TIMES if name in times}
     self._file.write(_line({'step': step, **metrics, **kept}))
+    self.records += 1
     self._file.flush()
     self._event(step, {**metrics, **(times if split == 'train' else {})})
 
@@ -78,13 +87,24 @@ def add_figures(workdir):
 
 
 def read(workdir):
-  """The records of `metrics.jsonl`; a last line cut off in the middle is left out."""
+  """The records of `metrics.jsonl`; a last line cut off in the middle is left out.
+
+  Raises:
+    UserError: a line is no record.
+  """
   path = Path(workdir) / 'metrics.jsonl'
+  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+  return [_record(path, number, line) for number, line in enumerate(lines, 1) if line.endswith('\n')]
+
+
+def _record(path, number, line):
   try:
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith('\n')]
+    record = json.loads(line)
+    if not isinstance(record, dict) or type(record.get('step')) is not int:
+      raise ValueError('it is no record of a step')
+    return record
   except ValueError as error:
-    raise UserError(f'{path} is damaged ({first_line(error)}): mend or remove it') from None
+    raise UserError(f'{path} is damaged in line {number} ({first_line(error)}): mend or remove it') from None
 
 
 def _line(record):
