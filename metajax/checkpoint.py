@@ -1,8 +1,11 @@
 """Checkpoints that survive being killed while written, and say so when they are damaged."""
 
 import contextlib
+import functools
 import json
+import logging
 import shutil
+import sys
 import zlib
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import orbax.checkpoint as ocp
 from metajax.errors import UserError, first_line
 
 KEEP_BEST = 5
+_REMOVED = 'removed'  # folder of checkpoints on their way out
 _KEEP_LATEST = 2  # the one before the latest too, should the latest turn out damaged
 
 
@@ -29,7 +33,7 @@ class Checkpoints:
   """
 
   def __init__(self, workdir, read_only=False):
-    self.directory = Path(workdir).absolute() / 'checkpoints'
+    self.directory, self._read_only = Path(workdir).absolute() / 'checkpoints', read_only
     # Only process 0 has checkpoints: those of others must not be waited for, and then Orbax makes no folder.
     options = {
       'multiprocessing_options': ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}),
@@ -40,15 +44,18 @@ class Checkpoints:
       options |= {'read_only': True, 'save_interval_steps': 0, 'lightweight_initialize': True}
     else:
       self.directory.mkdir(parents=True, exist_ok=True)
+      self._clear()
       self._set_unscored_aside()
       options |= {
         'preservation_policy': _LatestAndBest(),
         'best_fn': lambda metrics: metrics['score'],  # never called: it makes the manager keep the metrics
         'cleanup_tmp_directories': True,
+        'todelete_subdir': _REMOVED,
       }
-    self._manager = ocp.CheckpointManager(
-      self.directory, options=ocp.CheckpointManagerOptions(**options), item_names=('state', 'checksum')
-    )
+    with _without_warnings():
+      self._manager = ocp.CheckpointManager(
+        self.directory, options=ocp.CheckpointManagerOptions(**options), item_names=('state', 'checksum')
+      )
 
   def save(self, state, score=None, seconds=0.0, records=0):
     """Starts writing a state.
@@ -59,6 +66,7 @@ class Checkpoints:
       seconds: of training so far.
       records: in `metrics.jsonl` so far.
     """
+    self._clear()
     state = jax.tree.map(np.array, jax.device_get(state))  # copies: the step reuses the memory of its state
     checksum = {'crc32': {field: _checksum(value) for field, value in state._asdict().items()}}
     with _disk_errors(self.directory):
@@ -69,12 +77,22 @@ class Checkpoints:
       )
 
   def restore(self, step, like):
-    """The state of a step, shaped as the pytree `like`; raises whatever reading a damaged one raises."""
-    like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
-    return self._restore(step, like, like._fields)
+    """The state of a step, shaped as the pytree `like`; raises whatever reading a damaged one raises.
+
+    Raises:
+      ValueError: it has other arrays, which are named.
+    """
+    try:
+      state = self._restore(step, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like), like._fields)
+    except Exception:
+      _check_arrays(self._restore(step, None, ()), like)  # fails as well, if it is damaged
+      raise
+    _check_arrays(state, like)
+    return state
 
   def _restore(self, step, like, fields):
     """The state of a step, of which `fields` are checked; without `like` as nested dicts, lists and NumPy arrays."""
+    _pass_over_late_readers()
     args = ocp.args.Composite(state=ocp.args.StandardRestore(like), checksum=ocp.args.JsonRestore())
     restored = self._manager.restore(step, args=args)
     state = restored.state if like is None else restored.state._asdict()
@@ -131,6 +149,10 @@ class Checkpoints:
         print(f'checkpoint {self.directory / str(step)} cannot be read ({damaged[step]}): trying the next')
         continue
       yield state
+
+  def _clear(self):
+    """Empties the folder that the manager moves old checkpoints to: one that is half removed is none any more."""
+    shutil.rmtree(self.directory / _REMOVED, ignore_errors=True)
 
   def set_aside(self, steps):
     """Moves damaged checkpoints out of the way, to `damaged_checkpoints`, so that their steps can be saved again."""
@@ -199,6 +221,28 @@ class Checkpoints:
     """Waits until everything is on disk."""
     with _disk_errors(self.directory):
       self._manager.close()
+    if not self._read_only:
+      self._clear()
+
+
+def _check_arrays(found, wanted):
+  if differing := mismatches(found, wanted):
+    more = f' and {len(differing) - 4} more' if len(differing) > 4 else ''
+    raise ValueError(f'it is of another network or optimiser: {", ".join(differing[:4])}{more}')
+
+
+def mismatches(found, wanted):
+  """What keeps one pytree of arrays from taking the place of another: a phrase for each leaf, by its path."""
+  found, wanted = (
+    {jax.tree_util.keystr(path, simple=True, separator='/'): x.shape for path, x in jax.tree.leaves_with_path(tree)}
+    for tree in (found, wanted)
+  )
+  both = sorted(found.keys() & wanted.keys())
+  return [
+    *(f'{name} is {found[name]} instead of {wanted[name]}' for name in both if found[name] != wanted[name]),
+    *(f'{name} is missing' for name in sorted(wanted.keys() - found.keys())),
+    *(f'{name} has no place' for name in sorted(found.keys() - wanted.keys())),
+  ]
 
 
 class _LatestAndBest:
@@ -237,6 +281,33 @@ def _checksum(tree):
   for name in sorted(leaves):
     crc = zlib.crc32(np.ascontiguousarray(leaves[name]).tobytes(), crc)
   return crc
+
+
+@contextlib.contextmanager
+def _without_warnings():
+  """Orbax warns of a folder that is opened read-only, as is meant."""
+  logger = logging.getLogger('absl')
+  level = logger.level
+  logger.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
+
+
+@functools.cache
+def _pass_over_late_readers():
+  """Passes over errors of TensorStore's readers that come after the first one has ended Orbax's reading.
+
+  Each of them finds the event loop closed, and Python would print a traceback of it.
+  """
+  before = sys.unraisablehook
+
+  def hook(unraisable):
+    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == 'Event loop is closed'):
+      before(unraisable)
+
+  sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

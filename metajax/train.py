@@ -18,7 +18,7 @@ from metajax import config as config_lib
 from metajax import evaluate, history, keys, optimizers, outer_loop, parallel, processes
 from metajax import experiment as experiment_lib
 from metajax import workdir as workdir_lib
-from metajax.checkpoint import Checkpoints
+from metajax.checkpoint import Checkpoints, mismatches
 from metajax.data import identity, pipeline
 from metajax.errors import UserError
 from metajax.profiling import Profile
@@ -361,20 +361,6 @@ def _differing(config, other):
   names = config_lib.differences(config, other)
   names = [n for n in names if n in _OF_IMAGES or (n.startswith('model.') and n not in _OF_TRAINING)]
   return [f'{name} = {value(other, name)!r}, here {value(config, name)!r}' for name in names]
-
-
-def mismatches(found, wanted):
-  """What keeps one pytree of arrays from taking the place of another: a phrase for each leaf, by its path."""
-  found, wanted = (
-    {jax.tree_util.keystr(path, simple=True, separator='/'): x.shape for path, x in jax.tree.leaves_with_path(tree)}
-    for tree in (found, wanted)
-  )
-  both = sorted(found.keys() & wanted.keys())
-  return [
-    *(f'{name} is {found[name]} instead of {wanted[name]}' for name in both if found[name] != wanted[name]),
-    *(f'{name} is missing' for name in sorted(wanted.keys() - found.keys())),
-    *(f'{name} has no place' for name in sorted(found.keys() - wanted.keys())),
-  ]
 
 
 _MUST_BE_FINITE = {'loss', 'grad_norm', 'pair', 'weights', 'weights_quantiles'}
