@@ -2,17 +2,56 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
+from tensorboardX import summary as summaries
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
 from metajax.errors import UserError, first_line
 from metajax.files import write_atomically
 
 TIMES = 'time', 'tasks_per_second'  # in records: all that differs between two runs that are otherwise the same
 _OF_FIGURES = '.figures'  # how the name of their events file ends
+
+
+class Events:
+  """A TensorBoard events file. Where it cannot be written a line says so once, and nothing more is.
+
+  tensorboardX's own writer has a thread, without which, after an error, whoever adds events waits for ever.
+
+  Args:
+    workdir: folder that the file goes to.
+    suffix: how its name ends.
+  """
+
+  def __init__(self, workdir, suffix=''):
+    self._file = None
+    self._attempt(lambda: setattr(self, '_file', EventsWriter(str(Path(workdir) / 'events'), suffix)))
+
+  def add(self, step, **content):
+    """Adds an event with the fields of `tensorboardX.proto.event_pb2.Event`."""
+    if self._file is not None:
+      event = event_pb2.Event(step=step, wall_time=time.time(), **content)
+      self._attempt(lambda: self._file.write_event(event))
+
+  def flush(self):
+    if self._file is not None:
+      self._attempt(self._file.flush)
+
+  def close(self):
+    if self._file is not None:
+      self._attempt(self._file.close)
+
+  def _attempt(self, function):
+    try:
+      function()
+    except OSError as error:
+      self._file = None
+      print(f'TensorBoard events cannot be written ({error.strerror}): the run goes on without them')
 
 
 class Writer:
@@ -35,7 +74,9 @@ class Writer:
     self.records = len(kept)
     write_atomically(self._path, ''.join(_line(record) for record in kept))
     self._file = self._path.open('a')
-    self._events = SummaryWriter(str(workdir), purge_step=step + 1)
+    self._events = Events(workdir)
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._events.add(step + 1, session_log=start)  # what TensorBoard has from there on was cut off
 
   def write(self, step, split, metrics, **times):
     """Adds {'step': step, 'split/name': value, ..., 'time': seconds, ...}.
@@ -59,7 +100,7 @@ class Writer:
       if isinstance(value, list):
         self._event(step, {f'{name}/{i}': x for i, x in enumerate(value)})
       else:
-        self._events.add_scalar(name, value, step)
+        self._events.add(step, summary=summaries.scalar(name, value))
 
   def sync(self):
     """Everything so far is on disk when this returns: to be called before the step's checkpoint is."""
@@ -80,10 +121,12 @@ def add_figures(workdir):
   step = max((record['step'] for record in read(workdir)), default=0)
   for path in Path(workdir).glob(f'events.out.tfevents.*{_OF_FIGURES}'):
     path.unlink()
-  with SummaryWriter(str(workdir), filename_suffix=_OF_FIGURES) as events:
-    for path in sorted((Path(workdir) / 'figures').glob('*.png')):
-      with Image.open(path) as image:
-        events.add_image(f'figures/{path.stem}', np.asarray(image.convert('RGB')), step, dataformats='HWC')
+  events = Events(workdir, _OF_FIGURES)
+  for path in sorted((Path(workdir) / 'figures').glob('*.png')):
+    with Image.open(path) as image:
+      pixels = np.asarray(image.convert('RGB'))
+    events.add(step, summary=summaries.image(f'figures/{path.stem}', pixels, dataformats='HWC'))
+  events.close()
 
 
 def read(workdir):

@@ -1,4 +1,9 @@
+import contextlib
+import errno
 import json
+import re
+import sys
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from metajax import writer
+from metajax import checkpoint, writer
 from metajax.checkpoint import Checkpoints
 from metajax.errors import UserError
 
@@ -258,3 +263,74 @@ def test_writer_drops_what_lies_beyond_the_checkpoint_and_a_line_cut_off(tmp_pat
   second.close()
   assert path.read_text() == whole
   assert json.loads(whole.splitlines()[2]) == {'step': 3, 'train/loss': 1 / 3, 'time': 1.23457}
+
+
+def test_events_on_a_full_disk_cost_a_line(tmp_path, monkeypatch, capsys):
+  log = writer.Writer(tmp_path, 0)
+  log.write(1, 'train', {'loss': 1.0})
+
+  def full(file, event):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(writer.EventsWriter, '_write_serialized_event', full)
+  for step in range(2, 30):  # more than a queue would hold
+    log.write(step, 'train', {'loss': 1.0, 'accuracy': 0.5})
+  log.close()
+  assert capsys.readouterr().out == (
+    'TensorBoard events cannot be written (No space left on device): the run goes on without them\n'
+  )
+  assert len(writer.read(tmp_path)) == 29
+
+
+def test_a_checkpoint_that_is_half_removed_is_dropped_quietly(tmp_path, capsys):
+  checkpoints = Checkpoints(tmp_path)
+  for step in range(1, 5):
+    checkpoints.save(state_at(step))
+  checkpoints.steps()
+  gone = tmp_path / 'checkpoints' / 'removed'
+  # The last one that was removed has been moved in one go, and would be deleted by the next call.
+  assert gone.is_dir() and not (tmp_path / 'checkpoints' / '2').exists()
+  next(
+    path for path in gone.rglob('metrics') if path.is_file()
+  ).unlink()  # as if the run was killed in the middle of it
+  again = Checkpoints(tmp_path)
+  assert again.steps() == [4, 3] and not gone.exists() and not (tmp_path / 'damaged_checkpoints').exists()
+  again.close()
+  checkpoints.close()
+  assert capsys.readouterr().out == ''
+
+
+def test_reading_says_nothing_of_its_own(tmp_path, caplog):
+  with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+    checkpoints.save(state_at(1))
+  Checkpoints(tmp_path, read_only=True).close()
+  assert not [record for record in caplog.records if 'read only' in record.message]
+  # Readers of TensorStore that find the event loop closed, after another has ended it, are no news.
+  told = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, 'unraisablehook', told.append)
+    checkpoint._pass_over_late_readers.cache_clear()
+    checkpoint._pass_over_late_readers()
+    late, other = (types.SimpleNamespace(exc_value=RuntimeError(text)) for text in ('Event loop is closed', 'other'))
+    sys.unraisablehook(late)
+    sys.unraisablehook(other)
+  checkpoint._pass_over_late_readers.cache_clear()
+  assert told == [other]
+
+
+@pytest.mark.parametrize(
+  ('change', 'why'),
+  [
+    (lambda params: params.pop('w'), 'params/w has no place'),
+    (lambda params: params.update(new=np.zeros(3)), 'params/new is missing'),
+    (lambda params: params.update(w=np.zeros(7)), r'params/w is \(.*\) instead of \(7,\)'),
+  ],
+)
+def test_an_array_that_does_not_fit_is_named(tmp_path, change, why, capsys):
+  with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+    checkpoints.save(state_at(1))
+    like = state_at(0)
+    change(like.params)
+    with pytest.raises(UserError, match='can be read'):
+      checkpoints.restore_first_sound([1], like)
+  assert re.search(why, capsys.readouterr().out)
