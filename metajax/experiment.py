@@ -144,7 +144,7 @@ def load_splits(config, data_dir, needed, *, validated, kept):
     print(f'{config.data.name}: {note}')
   for split in needed:
     if split not in splits:
-      hint = ', or use --mode=train' if split == 'test' else ''
+      hint = ', or use --mode=train' if split == 'test' and 'train' in needed else ''
       raise UserError(f'config.data: {config.data.name} has no {split} split: add one{hint}')
   found = identity.describe(splits)
   if processes.from_first(lambda: found) != found:

@@ -348,6 +348,7 @@ def start_from(workdir, state, adopt=None, config=None):
 
 # Of settings that leave the shapes of weights as they are: those of images; those of training alone.
 _OF_IMAGES = 'data.size', 'data.crop', 'data.normalize'
+_WITHOUT = {'data.crop': 0.0, 'data.normalize': 'none'}  # what a data set without such a setting does
 _OF_TRAINING = 'model.dropout', 'model.block_size', 'model.ramp', 'model.dtype'
 
 
@@ -355,12 +356,15 @@ def _differing(config, other):
   """How the network and images of another config differ: ['model.pool = True, here False', ...]."""
 
   def value(config, name):
-    group, name = name.split('.')
-    return config[group].get(name)
+    group, setting = name.split('.')
+    return config[group].get(setting, _WITHOUT.get(name))
 
   names = config_lib.differences(config, other)
   names = [n for n in names if n in _OF_IMAGES or (n.startswith('model.') and n not in _OF_TRAINING)]
-  return [f'{name} = {value(other, name)!r}, here {value(config, name)!r}' for name in names]
+  values = [(name, value(other, name), value(config, name)) for name in names]
+  return [
+    f'{name} = {there!r}, here {here!r}' for name, there, here in values if None not in (there, here) and there != here
+  ]
 
 
 _MUST_BE_FINITE = {'loss', 'grad_norm', 'pair', 'weights', 'weights_quantiles'}

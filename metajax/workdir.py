@@ -77,9 +77,12 @@ def settle_config(workdir, config, mode):
   elif kept.optimizer.schedule in ('constant', 'plateau', 'steps'):
     differing.discard('total_steps')
   if differing:
+    way_on = ''
+    if differing == {'total_steps'}:  # a schedule that ends there cannot be made longer
+      way_on = f', with --config.init_from={workdir} to begin with its best weights'
     raise UserError(
       f'--workdir: {workdir} was made with another config: {", ".join(sorted(differing))} '
-      f'{"differs" if len(differing) == 1 else "differ"} from its config.json: choose another workdir'
+      f'{"differs" if len(differing) == 1 else "differ"} from its config.json: choose another workdir{way_on}'
     )
   if mode != 'eval':
     return config

@@ -59,3 +59,13 @@ def test_lost_records_are_counted(copy, kept, capsys):
   assert run(copy, '--config.total_steps=7', '--mode=train') == 0
   said = f'has lost {8 - len(kept)} of 8 records up to step 6' in capsys.readouterr().out
   assert said == (len(kept) < 8)
+
+
+def test_a_longer_run_of_a_schedule_with_an_end_is_shown_the_way_on(copy, capsys):
+  cosine = [x.replace('constant', 'cosine') for x in SETTINGS]
+  arguments = ['metajax', f'--config={TINY}', f'--workdir={copy.parent / "cosine"}', *cosine]
+  assert main.main([*arguments, '--mode=train']) == 0
+  assert main.main([*arguments, '--config.total_steps=9']) == 2
+  assert f'total_steps differs from its config.json: choose another workdir, with --config.init_from={copy.parent}' in (
+    capsys.readouterr().err
+  )

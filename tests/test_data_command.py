@@ -165,7 +165,7 @@ def test_a_table_that_is_not_whole(run, tmp_path, spoil, word):
   (tmp_path / 'cache/.omniglot-3.old/left').mkdir(parents=True)  # by a process that was killed at the end
   spoil(tmp_path / 'cache/omniglot-3')
   assert 'ready' not in run('omniglot', '--list')[1]
-  assert re.search(f'omniglot-3: it is {word}.*will be made again', run('omniglot', '--check')[1])
+  assert re.search(f'omniglot-3 is {word}.*is made again', run('omniglot', '--check')[1])
   status, out, _ = run('omniglot', '--size=3')
   assert status == 0 and 'will be made anew' in out and '24 images of 3 x 3 x 1' in out
   assert [name for name in os.listdir(tmp_path / 'cache') if 'old' in name] == []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from metajax.data import images, source
+from metajax.data import images, source, table
 from metajax.datasets import folder
 from metajax.errors import UserError
 
@@ -425,3 +425,35 @@ def test_mistakes_are_named(root, make, options, complaint):
   with pytest.raises(UserError, match=complaint) as error:
     folder.load(str(root), **options)
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(('place', 'why'), [('b', 'class folder b in '), ('', 'the folder of images ')])
+def test_folders_that_may_not_be_read(tmp_path, tables, place, why, monkeypatch):
+  """As another user: root may read everything, so the refusal is played."""
+  for name in 'abc':
+    (tmp_path / 'mine' / name).mkdir(parents=True)
+    Image.new('RGB', (4, 4)).save(tmp_path / 'mine' / name / '0.png')
+  scandir = os.scandir
+
+  def refuse(folder):
+    if os.path.normpath(folder) == os.path.normpath(tmp_path / 'mine' / place):
+      raise PermissionError(13, 'Permission denied', str(folder))
+    return scandir(folder)
+
+  monkeypatch.setattr(os, 'scandir', refuse)
+  with pytest.raises(UserError, match=rf'{why}.*\(Permission denied\): make it readable'):
+    folder.load(str(tmp_path), path='mine', size=4)
+
+
+def test_a_table_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, tables, monkeypatch):
+  for name in 'abc':
+    (tmp_path / 'mine' / name).mkdir(parents=True)
+    Image.new('RGB', (4, 4)).save(tmp_path / 'mine' / name / '0.png')
+  folder.load(str(tmp_path), path='mine', size=4)
+
+  def refuse(place):
+    raise PermissionError(13, 'Permission denied', str(place))
+
+  monkeypatch.setattr(table, 'open_folder', refuse)
+  with pytest.raises(UserError, match=r'cannot be read \(Permission denied\): make it readable, or set METAJAX_CACHE'):
+    folder.load(str(tmp_path), path='mine', size=4)

@@ -177,3 +177,15 @@ def test_settings_of_sequences_come_back_from_the_command_line_and_from_a_file()
       config_lib.override(config_lib.load(TINY), ['--config.weighting.name=spsa', "--config.weighting.gain=('x',)"]),
       None,
     )
+
+
+def test_a_setting_that_one_data_set_lacks_is_no_difference():
+  """`folder` has a crop, glyphs has none and crops nothing."""
+  of_glyphs, of_folder = (
+    config_lib.override(config_lib.load(TINY), [*SMALL_CONV, *more])
+    for more in ([], ['--config.data.name=folder', '--config.data.path=x'])
+  )
+  assert not [line for line in train._differing(of_folder, of_glyphs) if 'crop' in line]
+  of_folder = config_lib.override(of_folder, ['--config.data.crop=0.5'])
+  assert 'data.crop = 0.0, here 0.5' in train._differing(of_folder, of_glyphs)
+  assert 'data.crop = 0.5, here 0.0' in train._differing(of_glyphs, of_folder)

@@ -239,6 +239,19 @@ def test_keys_and_members_are_flat(tmp_path, content):
     unpickle.load(path)
 
 
+@pytest.mark.parametrize('make', [dict.fromkeys, set, frozenset, collections.OrderedDict.fromkeys])
+@pytest.mark.parametrize('key', [lambda k: k * (2**61 - 1), lambda k: (k * (2**61 - 1), 0)], ids=['int', 'tuple'])
+def test_keys_that_collide_are_refused_before_they_cost_anything(tmp_path, make, key):
+  """Python's hash of a whole number is its remainder by 2^61 - 1."""
+  path = tmp_path / 'x.pkl'
+  path.write_bytes(pickle.dumps(make([key(k) for k in range(200)])))
+  with pytest.raises(UserError, match=r'x.pkl is damaged .*the same hash'):
+    unpickle.load(path)
+  few = [make([-1, -2, 0, 2**61 - 1, 'a']) for _ in range(100)]  # the same keys again do not count
+  path.write_bytes(pickle.dumps(few))
+  assert unpickle.load(path) == few
+
+
 def test_instructions_that_make_instances_are_refused(tmp_path):
   path = tmp_path / 'x.pkl'
   for content in (b'(i__builtin__\nset\n.', b'(c__builtin__\nset\no.', b'cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85\x81.'):

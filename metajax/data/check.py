@@ -48,7 +48,7 @@ def check_source(dataset, found):
 def check_table(folder, known=()):
   """What is wrong with a converted table: a list of sentences, without what is known of its source."""
   if defect := table.defect_of(folder):
-    return [f'{folder}: {defect}; it will be made again when it is next used']
+    return [f'{folder} {defect}; it is made again when it is next used']
   manifest = json.loads((folder / 'manifest.json').read_text())
   if table.describe_file(folder / 'images.npy')['sha256'] != manifest['sha256']:
     return [f'{folder / "images.npy"} has changed since it was made (SHA-256): remove {folder} to have it made again']

@@ -260,6 +260,15 @@ def is_named_image(path):
   return pathlib.PurePath(path).suffix.lower() in _extensions()
 
 
+def refusal(folder):
+  """Why a folder's entries cannot be listed, such as 'Permission denied'; '' if they can."""
+  try:
+    os.scandir(folder).close()
+  except OSError as error:
+    return error.strerror
+  return ''
+
+
 def _visible(folder):
   """Entries of a folder, sorted by name, without what a system keeps there for itself."""
   if not os.path.isdir(folder):

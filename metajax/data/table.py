@@ -65,13 +65,21 @@ def cache_dir():
 
 
 def open_table(key):
-  """Maps the table `key`; None if there is none, or (after a warning that names it) if it is not whole."""
+  """Maps the table `key`; None if there is none, or (after a warning that names it) if it is not whole.
+
+  Raises:
+    UserError: it is there, and may not be read.
+  """
   folder = cache_dir() / key
   if not os.path.isdir(folder):
     return None
   table, defect = _try_open(folder)
+  if isinstance(table, PermissionError):
+    raise UserError(
+      f'the converted table {folder} {defect}: make it readable, or set METAJAX_CACHE to a folder of your own'
+    )
   if defect:
-    _log.warning('the converted table %s will be made anew: %s', folder, defect)
+    _log.warning('the converted table %s will be made anew: it %s', folder, defect)
   return table
 
 
@@ -81,13 +89,15 @@ def defect_of(folder):
 
 
 def _try_open(folder):
-  """(Table, '') or (None, why the table in a folder cannot be opened)."""
+  """(Table, ''), or (None or the PermissionError, why the table in a folder cannot be opened)."""
   try:
     return open_folder(folder), ''
   except _Older as error:
     return None, str(error)
+  except PermissionError as error:
+    return error, f'cannot be read ({error.strerror})'
   except (OSError, ValueError, KeyError, TypeError) as error:
-    return None, f'it is damaged ({first_line(error)})'
+    return None, f'is damaged ({first_line(error)})'
 
 
 def class_tables(table, splits):
@@ -222,7 +232,7 @@ def open_folder(folder):
   """Maps the table in a folder; raises one of several errors where it is not whole."""
   manifest = json.loads((folder / 'manifest.json').read_text())
   if manifest['format'] != FORMAT:
-    raise _Older(f'it is of an older format ({manifest["format"]}, not {FORMAT})')
+    raise _Older(f'is of an older format ({manifest["format"]}, not {FORMAT})')
   names, notes = tuple(manifest['classes']), tuple(manifest['notes'])
   counts = np.array(manifest['images_per_class'], np.int64)
   images = np.load(folder / 'images.npy', mmap_mode='r')

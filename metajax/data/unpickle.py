@@ -88,17 +88,17 @@ def _empty_bytes(*arguments):
 
 
 def _set(members):
-  _check_keys(members)
+  _Keys().check(members)
   return set(members)
 
 
 def _frozenset(members):
-  _check_keys(members)
+  _Keys().check(members)
   return frozenset(members)
 
 
 def _dict(items=()):
-  _check_keys(key for key, _ in items)
+  _Keys().check(key for key, _ in items)
   return dict(items)
 
 
@@ -113,14 +113,25 @@ def _complex(real, imaginary):
   return complex(real, imaginary)
 
 
-def _check_keys(keys):
-  """Keys and members are of types whose hash needs no recursion: a deep one ends Python."""
-  for key in keys:
-    for part in key if type(key) is tuple else (key,):
-      if type(part) not in _KEYS and not isinstance(part, np.generic):
-        raise ValueError(f'a key with a {type(part).__name__}')
+class _Keys:
+  """Keys and members are flat, and do not collide: Python takes quadratic time where many have the same hash."""
+
+  def __init__(self):
+    self._by_hash = {}
+
+  def check(self, keys):
+    for key in keys:
+      for part in key if type(key) is tuple else (key,):
+        if type(part) not in _KEYS and not isinstance(part, np.generic):  # a deep hash ends Python
+          raise ValueError(f'a key with a {type(part).__name__}')
+      if type(key) not in (str, bytes):  # whose hashes differ from process to process
+        same = self._by_hash.setdefault(hash(key), {key})
+        same.add(key)
+        if len(same) > _COLLIDING:
+          raise ValueError('keys that have the same hash')
 
 
+_COLLIDING = 32  # so many keys of the same hash are an attack: of numbers in use, -1 and -2 share one
 _KEYS = {int, bool, float, complex, str, bytes, type(None)}
 _BUILTINS = {
   **{'set': _set, 'frozenset': _frozenset, 'complex': _complex, 'bytes': _empty_bytes, 'bytearray': _empty_bytes},
@@ -194,7 +205,7 @@ class _Unpickler(pickle._Unpickler):
 
   def __init__(self, file, budget):
     # Latin-1 keeps each byte of a Python 2 string, among which are the pixels of its arrays.
-    self._file, self._budget = _File(file), budget
+    self._file, self._budget, self._keys = _File(file), budget, _Keys()
     super().__init__(self._file, encoding='latin1')
 
   def find_class(self, module, name):
@@ -214,11 +225,11 @@ class _Unpickler(pickle._Unpickler):
     self.stack[-1].set_state(state)
 
   def _load_keys(self, load, step=1):
-    _check_keys(self.stack[::step])  # since the last mark
+    self._keys.check(self.stack[::step])  # since the last mark
     load(self)
 
   def _load_setitem(self):
-    _check_keys(self.stack[-2:-1])
+    self._keys.check(self.stack[-2:-1])
     self.load_setitem()
 
   def _load_frame(self):

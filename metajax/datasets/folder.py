@@ -109,6 +109,8 @@ def dataset(
   root = os.path.normpath(os.path.join(data_dir, path))
   if not os.path.isdir(root):
     raise UserError(f'there is no folder of images {root}: set data.path to one, relative to --data_dir')
+  if refused := images.refusal(root):
+    raise UserError(f'the folder of images {root} cannot be read ({refused}): make it readable')
   found = _look(root, nested)
   paths = [path for members in found.classes.values() for path in members]
   passed_over = _passed_over(found)
@@ -209,7 +211,10 @@ def _read(root, found, notes, names_by_split, white, ground, max_pixels, paths, 
       inside = os.path.join(root, place, '')
       below = [[path for path in files if path.startswith(inside)] for files in (found.unread, found.deeper)]
       reasons = _passed_over(_Found({}, *below, [], [], []))
-      faults.append('; '.join([f'class folder {place} in {root} has no images: add some, or remove it', *reasons]))
+      if refused := images.refusal(inside):
+        faults.append(f'class folder {place} in {root} cannot be read ({refused}): make it readable, or remove it')
+      else:
+        faults.append('; '.join([f'class folder {place} in {root} has no images: add some, or remove it', *reasons]))
   for c, where in places.items():
     if len(where) > 1:
       faults.append(
