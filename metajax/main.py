@@ -19,13 +19,15 @@ Also as python -m metajax.main.
 example: metajax train --config=maml_omniglot:way=5,shot=1 --config.total_steps=2000
 """
 
+import importlib.metadata
 import sys
 import traceback
 
 import jax
 from absl import flags
 
-from metajax import cli, parallel, processes, train, workdir
+import metajax
+from metajax import cli, parallel, processes, system, train, workdir
 from metajax import config as config_lib
 from metajax.errors import UserError
 
@@ -51,6 +53,7 @@ def _main(argv, mode, usage):
     options, overrides = parse(sys.argv if argv is None else argv, mode, usage)
     if place := processes.find_place(options.coordinator, options.num_processes, options.process_id):
       processes.start(place)
+      processes.agree(_facts(options, overrides))
 
     def read_config():
       config = config_lib.load(options.config) if options.config else workdir.read_config(options.workdir)
@@ -69,6 +72,13 @@ def _main(argv, mode, usage):
       raise
     print(line, file=sys.stderr)
     return status
+
+
+def _facts(options, overrides):
+  """What all processes of a run must have in common; folders may be called otherwise on another machine."""
+  versions = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax')}
+  source = {'metajax': metajax.__version__, "metajax's source": system.source_digest()}
+  return {**source, **versions, '--config': options.config, '--mode': options.mode, 'settings': overrides}
 
 
 def parse(argv, mode=None, usage=None):

@@ -225,6 +225,18 @@ def arrays_from_first(function, like):
   )
 
 
+def agree(facts):
+  """Looks whether all processes have the same facts, {what: value that JSON can hold}.
+
+  Raises:
+    UserError: this process has others than process 0.
+  """
+  of_first = from_first(lambda: facts)
+  if differing := [what for what, value in facts.items() if of_first.get(what) != value]:
+    each = '; '.join(f'{what} is {facts[what]!r}, there {of_first.get(what)!r}' for what in differing)
+    raise UserError(f'process {_watch.index} is not as process 0: {each}. Start all with the same command and code')
+
+
 def first_then_others(function):
   """Calls `function` on process 0 and then on the others, so that they find on disk what it has left there."""
   if is_first():

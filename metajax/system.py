@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import importlib
 import importlib.metadata
 import math
@@ -71,6 +72,15 @@ def environment():
     **{name: importlib.metadata.version(name) for name in ('jax', 'flax')},
     'machine': f'{count} x {kind}',
   }
+
+
+def source_digest():
+  """16 hexadecimal digits for the Python files of metajax as they are installed here."""
+  digest = hashlib.blake2b(digest_size=8)
+  root = Path(__file__).parent
+  for path in sorted(root.rglob('*.py')):
+    digest.update(f'{path.relative_to(root).as_posix()}\0'.encode() + path.read_bytes())
+  return digest.hexdigest()
 
 
 def _commit():

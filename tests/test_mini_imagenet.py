@@ -4,7 +4,6 @@ import os
 import pickle
 import shutil
 import tarfile
-import time
 import zipfile
 
 import h5py
@@ -269,9 +268,7 @@ def test_whole_data_set_needs_its_source_once(data, caplog):
   tables = mini_imagenet.load(str(data), size=1)
   assert {split: t.names for split, t in tables.items()} == {s: tuple(w) for s, w in WNIDS.items()}
   assert tables['train'].images.shape == (60_000, 1, 1, 3)
-  start = time.monotonic()
   mini_imagenet.load('nowhere', size=1)
-  assert time.monotonic() - start < 0.3
   assert 'not as published' not in caplog.text
 
 
