@@ -357,8 +357,11 @@ def _sum_over_blocks(function, per_row, *arrays):
 
 
 def _blocks(rows, per_row):
-  """Into how many equal blocks to cut, and the rows of each: on a CPU the fewest that fit into a cache."""
-  if jax.default_backend() != 'cpu':
+  """Into how many equal blocks to cut, and the rows of each: on a CPU the fewest that fit into a cache.
+
+  Of a symbolic number of rows (`jax.export`) there is one.
+  """
+  if jax.default_backend() != 'cpu' or not isinstance(rows, int):
     return 1, rows
   blocks = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * per_row <= _BLOCK or n == rows))
   return blocks, rows // blocks
