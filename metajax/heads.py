@@ -1,7 +1,7 @@
 """Linear heads that are fitted to a task's embedded support images, whatever embeds them.
 
-Functions of ONE task, to be mapped over tasks by the caller, in float32. They are for evaluation: a fit is not meant to
-be differentiated. Every class has a support image.
+Functions of ONE task, to be mapped over tasks by the caller, in the precision of the features, at least float32. They
+are for evaluation: a fit is not meant to be differentiated. Every class has a support image.
 """
 
 import functools
@@ -19,8 +19,9 @@ from metajax.types import Array
 
 _NEWTON_STEPS, _CG_STEPS = 30, 50  # at most
 # Newton's method stops at this norm of the gradient, over c times that of all features and a 1 for each bias; conjugate
-# gradients stop at that share of the norm they began with. float32 still tells both, multiplied, from rounding.
-_TOLERANCE, _FORCING = 1e-5, 0.1
+# gradients stop at that share of the norm they began with. The precision still tells both, multiplied, from rounding.
+_TOLERANCE, _FORCING = {4: 1e-5, 8: 1e-12}, 0.1  # by bytes of a number
+_ROUNDING = {4: 1e-6, 8: 1e-14}  # share of a value
 _STEP_SIZES = np.float32([*0.25 ** np.arange(5), 0])  # from 0 on none is taken that makes things worse
 
 
@@ -69,12 +70,13 @@ def make(name, *, c=1.0, normalize=True):
     raise UserError(f'c = {c} of a head: a number above 0 is needed')
 
   def scaled(features):
-    features = jnp.asarray(features, jnp.float32)
+    features = jnp.asarray(features)
+    features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
     return unit(features) if normalize or name == 'cosine' else features
 
   def fit(features, targets, way):
     factor = jnp.min(losses.check_labels(targets, jnp.shape(features)[:1], way))
-    return jax.tree.map(lambda x: x * factor, fits[name](scaled(features), targets, way))
+    return jax.tree.map(lambda x: x * factor.astype(x.dtype), fits[name](scaled(features), targets, way))
 
   return Head(
     fit=fit,
@@ -101,7 +103,7 @@ def _prototype(features, targets, way):
 
 
 def _cosine(features, targets, way):
-  return Linear(unit(protonet.prototypes(features, targets, way)).T, jnp.zeros(way))
+  return Linear(unit(protonet.prototypes(features, targets, way)).T, jnp.zeros(way, features.dtype))
 
 
 def _centred(features):
@@ -112,12 +114,12 @@ def _centred(features):
 
 def _ridge(features, targets, way, c):
   x, linear = _centred(features)
-  labels = jax.nn.one_hot(targets, way)
+  labels = jax.nn.one_hot(targets, way, dtype=x.dtype)
   bias = jnp.mean(labels, axis=0)
   few = x.shape[0] < x.shape[1]
   gram = _product(x, x.T) if few else _product(x.T, x)
-  penalty = jnp.maximum(1 / c, jnp.finfo(jnp.float32).eps * jnp.trace(gram))  # what float32 tells from none
-  solve = functools.partial(jax.scipy.linalg.solve, gram + penalty * jnp.eye(len(gram)), assume_a='pos')
+  penalty = jnp.maximum(1 / c, jnp.finfo(x.dtype).eps * jnp.trace(gram))  # what rounding tells from none
+  solve = functools.partial(jax.scipy.linalg.solve, gram + penalty * jnp.eye(len(gram), dtype=x.dtype), assume_a='pos')
   return linear(_product(x.T, solve(labels - bias)) if few else solve(_product(x.T, labels - bias)), bias)
 
 
@@ -130,7 +132,7 @@ def _logistic_regression(features, targets, way, c):
   bias that it stands for. A pair is (2, n + 1, way), a vector and its image.
   """
   x, linear = _centred(features)
-  labels = jax.nn.one_hot(targets, way)
+  labels = jax.nn.one_hot(targets, way, dtype=x.dtype)
   n, d = x.shape
   gram = _product(x, x.T) if n <= 2 * d else None  # of many examples two products cost less
 
@@ -162,7 +164,7 @@ def _logistic_regression(features, targets, way, c):
     direction = _conjugate_gradients(hessian, pair, -gradient)
     moved = weights + _STEP_SIZES[:, None, None, None] * direction  # by all sizes: logits are linear in the weights
     values = objective(moved[:, 0], moved[:, 1])
-    best = values <= jnp.min(values) + 1e-6 * values[-1]  # as far as float32 can tell
+    best = values <= jnp.min(values) + _ROUNDING[x.dtype.itemsize] * values[-1]
     return at(count + 1, pair(moved[jnp.argmax(best), 0]))  # its image anew: rounding adds up in a sum of images
 
   def at(count, weights):
@@ -173,9 +175,9 @@ def _logistic_regression(features, targets, way, c):
 
   def unfinished(state):
     count, *_, squared = state
-    return (count < _NEWTON_STEPS) & (squared > _TOLERANCE**2 * scale)
+    return (count < _NEWTON_STEPS) & (squared > _TOLERANCE[x.dtype.itemsize] ** 2 * scale)
 
-  _, (weights, _), *_ = jax.lax.while_loop(unfinished, step, at(0, jnp.zeros((2, n + 1, way))))
+  _, (weights, _), *_ = jax.lax.while_loop(unfinished, step, at(0, jnp.zeros((2, n + 1, way), x.dtype)))
   return linear(_product(x.T, weights[:-1]), weights[-1])
 
 
@@ -186,7 +188,8 @@ def _conjugate_gradients(operator, pair, target):
     count, solution, rest, direction, squared = state
     product = operator(*direction)
     curvature = jnp.sum(product * direction[1])
-    sound = curvature > 1e-6 * squared  # else the objective is flat there, or this is rounding: no further
+    # Else the objective is flat there, or this is rounding: no further.
+    sound = curvature > _ROUNDING[squared.dtype.itemsize] * squared
     size = jnp.where(sound, squared / curvature, 0)
     rest = pair(rest[0] - size * product)
     after = jnp.where(sound, _squared_norm(rest), 0)

@@ -41,7 +41,7 @@ def sgd(loss_fn, params, steps, *, rate=lambda step: step, first_order=False, ch
     if first_order:
       grads = jax.lax.stop_gradient(grads)
     rates = jax.tree.broadcast(rate(step), params)
-    params = jax.tree.map(lambda p, r, g: p - r * g, params, rates, grads)
+    params = jax.tree.map(lambda p, r, g: p - jnp.asarray(r, p.dtype) * g, params, rates, grads)
     return params, (kept, after(params, step)) if after else (kept,)
 
   params, kept = _scan(take_step, params, steps, checkpoint)
@@ -123,16 +123,16 @@ def step_sizes(learned, inner_lr, inner_lr_range=(), positive=False):
     leaves, treedef = jax.tree.flatten(weights)
     rngs = jax.random.split(rng, len(leaves))
     rates = [
-      jax.random.uniform(rng, shapes[learned](x, steps), minval=low, maxval=high)
+      jax.random.uniform(rng, shapes[learned](x, steps), x.dtype, minval=low, maxval=high)
       if inner_lr_range
-      else jnp.full(shapes[learned](x, steps), inner_lr, jnp.float32)
+      else jnp.full(shapes[learned](x, steps), inner_lr, x.dtype)
       for rng, x in zip(rngs, leaves, strict=True)
     ]
     return treedef.unflatten([jnp.log(rate) if positive else rate for rate in rates])
 
   def of_steps(rates, steps):
     if learned == 'no':
-      return np.full((steps,), inner_lr, np.float32), lambda step: step
+      return np.full((steps,), inner_lr), lambda step: step
     if positive:
       rates = jax.tree.map(jnp.exp, rates)
     if learned == 'tensor_step':

@@ -220,7 +220,7 @@ def make(
       outputs, states = jax.lax.map(lambda step: after_step(*step), (*path, rows))
       weights = importance(step // epoch, inner_steps, multi_step_epochs)
       each = jax.vmap(objective.losses, (0, None))(outputs, targets)
-      values = jnp.matmul(weights, each, precision='highest')
+      values = jnp.matmul(weights.astype(each.dtype), each, precision='highest')
       outputs, state = outputs[-1], jax.tree.map(lambda x: x[-1], states)
     else:
       outputs, state = query(fast, inner_loop.rows(tables, inner_steps - 1))
@@ -282,12 +282,12 @@ def importance(epoch, steps, epochs):
     epochs: in which the loss is of several steps.
 
   Returns:
-    (steps,) float32, which sum to 1.
+    (steps,) floats, which sum to 1.
   """
   least = 0.03 / steps
   rest = jnp.maximum(1 / steps - epoch / (steps * epochs), least)
   last = jnp.minimum(1 / steps + epoch * (steps - 1) / (steps * epochs), 1 - (steps - 1) * least)
-  return jnp.full(steps, rest, jnp.float32).at[-1].set(last)
+  return jnp.full(steps, rest, float).at[-1].set(last)
 
 
 def _merged(*trees):

@@ -100,7 +100,7 @@ def make(
     def support_loss(weights, _):
       return jnp.mean(objective.losses(logits(weights, features), targets)), ()
 
-    rates = np.full((inner_steps,), inner_lr, np.float32)
+    rates = np.full((inner_steps,), inner_lr)
     return inner_loop.sgd(support_loss, params['head'], rates, first_order=first_order, **options)
 
   def embedded(params, model_state, support):

@@ -58,7 +58,7 @@ def make(
     model_state = dict(model_state)
     params = {'embedding': model_state.pop('params', {})}
     if learn_scale:
-      params['scale'] = jnp.float32(scale or embedded.shape[-1])
+      params['scale'] = jnp.asarray(scale or embedded.shape[-1], embedded.dtype)
     return params, model_state
 
   def logits(params, protos, embedded):

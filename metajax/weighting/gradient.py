@@ -53,7 +53,7 @@ def make(*, tasks, tx, optimizer='outer', learning_rate=1e-3, form='mean', linea
 
   def init(rng):
     del rng
-    weights = jnp.full(tasks, initial, jnp.float32)
+    weights = jnp.full(tasks, initial, float)
     return State(weights, tx.init(weights) if by_outer else (), own_tx.init(weights) if by_own else ())
 
   def coefficients(state, classes):

@@ -15,7 +15,7 @@ def make(*, tasks):
 
   def coefficients(state, classes):
     del classes
-    return jnp.sin(state % 4 * (np.pi / 2) + phases).astype(jnp.float32) + 0.9
+    return jnp.sin(state % 4 * (np.pi / 2) + phases).astype(float) + 0.9
 
   def update(state, losses, classes, rng):
     del losses, rng

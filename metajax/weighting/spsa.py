@@ -92,7 +92,7 @@ def init_slots(tasks, initial, first):
   """The `init` of one weight for each place of a meta-batch; arguments as for `make`."""
   if initial < 0 or first not in (0, 1):
     raise UserError(f'initial = {initial}, first = {first}: the one cannot be negative, the other is 0 or 1')
-  return lambda rng: State(jnp.int32(first), jnp.full(tasks, initial or 1 / tasks, jnp.float32))
+  return lambda rng: State(jnp.int32(first), jnp.full(tasks, initial or 1 / tasks, float))
 
 
 def make_rule(*, form, gain, radius, space, normalize_every, norm):
@@ -145,7 +145,7 @@ def sequence(name, spec):
       f"{name} = {spec}: ('power', value, decay), ('constant', value) or ('step', value, every, factor) is needed, "
       'with a value and a factor above 0'
     )
-  return lambda n: values[kind](jnp.maximum(n, 1).astype(jnp.float32), *numbers)
+  return lambda n: values[kind](jnp.maximum(n, 1).astype(float), *numbers)
 
 
 def normalizer(every, norm):
@@ -165,7 +165,7 @@ def normalizer(every, norm):
 
 def signs(rng, shape):
   """Independent -1 and 1."""
-  return jax.random.rademacher(rng, shape, jnp.float32)
+  return jax.random.rademacher(rng, shape, float)
 
 
 def perturb(rule, state, plus, minus, signs, weights=None):
