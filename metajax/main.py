@@ -49,7 +49,7 @@ def main(argv=None, *, mode=None, usage=None):
 
     def read_config():
       config = config_lib.load(options.config) if options.config else workdir.read_config(options.workdir)
-      return config_lib.to_json(config_lib.override(config, overrides))
+      return config_lib.to_json(config_lib.override(config, overrides, note=print))
 
     config = config_lib.from_json(processes.from_first(read_config))
     if not place:
