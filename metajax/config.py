@@ -15,15 +15,15 @@ from pathlib import Path
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 from metajax import optimizers
 from metajax.errors import UserError, first_line
 
 REQUIRED = inspect.Parameter.empty
 
-# Defaults of the settings that no module's signature holds. One of a type is empty until it is given; an empty
-# setting of `eval` is as in training.
+# Defaults of the settings that no module's signature holds. One of a type is empty until it is given, and of any type
+# if that is `object`; an empty setting of `eval` is as in training.
 TOP_LEVEL = dict(
   seed=0,  # of initial weights and training episodes
   total_steps=REQUIRED,  # meta-updates; with 0 what a run begins with is evaluated
@@ -71,8 +71,14 @@ _PACKAGES = {  # where a group's `name` is looked for, and what builds it there
   'algorithm': ('metajax.algorithms', 'make'),
   'weighting': ('metajax.weighting', 'make'),
 }
-# Keyword arguments that are no settings: training supplies them to whatever names them.
-_SUPPLIED = ('objective', 'way', 'tasks', 'tx', 'num_classes', 'superclass_ids')
+# Arguments that are no settings: how many training supplies by position, and which ones to whatever names them.
+_SUPPLIED = {
+  'data': (1, ()),
+  'model': (1, ()),
+  'algorithm': (1, ('objective', 'way', 'num_classes')),
+  'weighting': (0, ('tasks', 'tx', 'num_classes', 'superclass_ids')),
+  'optimizer': (1, ()),
+}
 _GROUPS = (*_PACKAGES, 'optimizer', 'eval')
 
 
@@ -181,20 +187,35 @@ def complete(config):
   return ml_collections.ConfigDict(config, type_safe=True).lock()
 
 
-def override(config, arguments):
+def override(config, arguments, note=None):
   """Applies command-line arguments `--config.KEY=VALUE` to a complete config.
 
-  A group's `name` comes first: of the settings given for the old name, those that the new one has as well stay.
+  A group's `name` comes first. Settings that differ from the old one's defaults stay if the new one has them; the
+  others take the new one's defaults.
+
+  Args:
+    config: complete.
+    arguments: of the command line.
+    note: if names change, called with one line that says what became of the old ones' settings.
+
+  Returns:
+    the config, complete.
+
+  Raises:
+    UserError: a setting that nothing knows, or a value that it cannot take.
   """
   config = _plain(config)
+  before, given = _flat(config), []  # settings, and which of them differ from the defaults of a name that goes
   for argument in arguments:
     if match := re.fullmatch(r'--?config\.(\w+)\.name=(.+)', argument):
       group, name = match.groups()
       if group in _PACKAGES and name != config[group]['name']:
         old, known = _defaults(group, config[group]['name']), _defaults(group, name)
-        given = {k: v for k, v in config[group].items() if k in known and k in old and v != old[k]}
-        config[group] = {'name': name, **given}
+        differing = {k: v for k, v in config[group].items() if k in old and v is not None and v != old[k]}
+        given += [f'{group}.{k}' for k in differing]
+        config[group] = {'name': name, **{k: v for k, v in differing.items() if k in known}}
         if group == 'algorithm':  # what evaluation had for the old one goes with it
+          given += [f'eval.{k}' for k in OF_INNER_LOOP if k not in known and config['eval'][k] is not None]
           config['eval'].update({key: None for key in OF_INNER_LOOP if key not in known})
   config = complete(config)
   for argument in arguments:
@@ -205,7 +226,24 @@ def override(config, arguments):
     values(['', *arguments])
   except (flags.Error, TypeError, ValueError) as error:
     raise UserError(f'command line: {first_line(error)}') from error
-  return complete(values.config)
+  config, chosen = complete(values.config), {key_of(argument) for argument in arguments}
+  if note and (line := _changes({k: v for k, v in before.items() if k not in chosen}, _flat(_plain(config)), given)):
+    note(line)
+  return config
+
+
+def _changes(before, after, given):
+  """A line on what became of the settings `before` when names changed; '' if all of them stay by default."""
+  given = [key for key in before if key in given]
+  kept = [key for key in given if after.get(key) == before[key]]
+  changed = [key for key in before.keys() & after.keys() - given if before[key] not in (None, after[key])]
+  parts = {
+    'kept': (kept, before),
+    'dropped': ([key for key in given if key not in kept], before),
+    'new by default': (sorted(changed), after),
+  }
+  shown = [f'{what} {", ".join(f"{key}={of[key]!r}" for key in keys)}' for what, (keys, of) in parts.items() if keys]
+  return f'config: {"; ".join(shown)}' if shown else ''
 
 
 def overrides(argv):
@@ -223,7 +261,7 @@ _OVERRIDE = re.compile(r'^--?(no)?config\.')
 
 def call(function, config, group, *supplied, **more):
   """Calls `function` with those settings of a group that are keyword arguments of it."""
-  known = keywords(function)
+  known = keywords(function, group)
   settings = {k: v for k, v in _plain(config[group]).items() if k in known and k not in more}
   try:
     return function(*supplied, **settings, **more)
@@ -232,10 +270,10 @@ def call(function, config, group, *supplied, **more):
 
 
 def build(config, group, *supplied, **more):
-  """Calls the `make` (or a data set's `load`) that `config.GROUP.name` names, with what it asks for of `_SUPPLIED`."""
+  """Calls the `make` (or a data set's `load`) that `config.GROUP.name` names, with what it names of `_SUPPLIED`."""
   function = find(group, config[group].name)
   asked = inspect.signature(function).parameters
-  more = {name: value for name, value in more.items() if name not in _SUPPLIED or name in asked}
+  more = {name: value for name, value in more.items() if name not in _SUPPLIED[group][1] or name in asked}
   return call(function, config, group, *supplied, **more)
 
 
@@ -270,9 +308,11 @@ def _plain(config):
   """As nested dicts; sequences as tuples, as they come back from a file."""
   if isinstance(config, ml_collections.ConfigDict):
     config = config.to_dict()
-  return {
-    k: _plain(v) if isinstance(v, dict) else tuple(v) if isinstance(v, (list, tuple)) else v for k, v in config.items()
-  }
+  return {k: _plain(v) if isinstance(v, dict) else _tuples(v) for k, v in config.items()}
+
+
+def _tuples(value):
+  return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _flat(settings, prefix=''):
@@ -298,6 +338,10 @@ def _fill(where, settings, defaults, *, groups=(), name=None):
 
 def _convert(where, value, kind):
   """A setting as the type of its default; an int may stand for a float, or for a number in a text ('auto' or 4)."""
+  if kind is object:
+    if not _is_simple(value):
+      raise UserError(f'{where} = {value!r}: {_SIMPLE} is needed')
+    return FieldReference(value, object)  # a value of another type may take its place
   if type(value) is int and kind in (float, str):
     return kind(value)
   if type(value) is not kind:
@@ -309,20 +353,50 @@ def _defaults(group, name):
   if group == 'eval':
     return dict(_EVAL)
   if group == 'optimizer':
-    return keywords(optimizers.make)
-  settings = keywords(find(group, name))
+    return keywords(optimizers.make, group)
+  settings = keywords(find(group, name), group)
   return {**settings, **_DATA} if group == 'data' else settings
 
 
-def keywords(function):
-  """{name: default} of a function's settings: keyword-only arguments of a type that a file can hold."""
-  return {
-    p.name: p.default
-    for p in inspect.signature(function).parameters.values()
-    if p.kind is p.KEYWORD_ONLY
-    and p.name not in _SUPPLIED
-    and (p.default is REQUIRED or type(p.default) in (bool, int, float, str, tuple))
-  }
+def keywords(function, group):
+  """The settings of a function that builds a part: its arguments but for those that training supplies.
+
+  Args:
+    function: a `make`, or a data set's `load`.
+    group: the part, such as 'algorithm'.
+
+  Returns:
+    {name: default}; lists are tuples, and for None stands `object`: empty until it is given, of any type.
+
+  Raises:
+    UserError: an argument that can be no setting.
+  """
+  by_position, by_name = _SUPPLIED[group]
+  made_by = getattr(function, 'func', function)  # of a partial
+  where = f'{made_by.__module__}.{getattr(made_by, "__qualname__", type(made_by).__name__)}()'
+  settings = {}
+  for argument in list(inspect.signature(function).parameters.values())[by_position:]:
+    name, default = argument.name, _tuples(argument.default)
+    if argument.kind is argument.VAR_KEYWORD:
+      raise UserError(f'{where} takes **{name}, whose settings are unknown: name each as an argument')
+    if argument.kind is argument.POSITIONAL_ONLY:
+      raise UserError(f'{where}: {name} cannot be given by keyword: remove the / after it')
+    if argument.kind is argument.VAR_POSITIONAL or name in by_name:
+      continue
+    if name == 'name' and group != 'optimizer':
+      raise UserError(f'{where}: config.{group}.name has another meaning: call the argument something else')
+    if default is not REQUIRED and not _is_simple(default):
+      raise UserError(f'{where}: a config cannot hold the default of {name}: make it {_SIMPLE}, or leave it out')
+    settings[name] = object if default is None else default
+  return settings
+
+
+_SIMPLE = 'a bool, int, float, str, None or a tuple of these'
+
+
+def _is_simple(value):
+  """Whether a config can hold it, and its file."""
+  return all(map(_is_simple, value)) if type(value) is tuple else type(value) in (bool, int, float, str, type(None))
 
 
 def find(group, name):

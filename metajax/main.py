@@ -57,7 +57,7 @@ def _main(argv, mode, usage):
 
     def read_config():
       config = config_lib.load(options.config) if options.config else workdir.read_config(options.workdir)
-      return config_lib.to_json(config_lib.override(config, overrides))
+      return config_lib.to_json(config_lib.override(config, overrides, note=print))
 
     config = config_lib.from_json(processes.from_first(read_config))
     if not place:

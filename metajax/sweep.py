@@ -6,7 +6,8 @@ metajax sweep --config=NAME[:ARGS] --over KEY=VALUE,VALUE ... [--workdir=DIR] [-
   --over      the grid: every combination of these values is a cell, a run of metajax.main. A KEY with a dot, such as
               algorithm.inner_lr, or one that every config has at its top, such as seed, is a setting; any other is a
               shorthand of the config file, such as shot. Commas within brackets or quotes belong to the value:
-              "data.augment=('flip','crop'),()" are two
+              "data.augment=('flip','crop'),()" are two. A value may bring others that go with it, each after a +:
+              algorithm.name=maml+algorithm.inner_lr=0.1,protonet has an inner_lr for maml alone
   --workdir   each cell has a folder here, named by its values; runs/<config>[-<args>] by default
   --print     show the command of each cell, and do nothing
   --slurm     show the command that makes it a Slurm array, a task for each cell (launch/ is in the repository)
@@ -76,7 +77,7 @@ def main(argv):
 
 
 def parse(argv):
-  """Splits a command line into flags with their defaults filled in, the grid's {key: [value]}, and the overrides."""
+  """Splits a command line into flags with their defaults filled in, the axes of the grid, and the overrides."""
   fixed = config_lib.overrides(argv)
   values = flags.FlagValues()
   for name in ('config', 'workdir', 'data_dir', 'markdown', 'csv'):
@@ -99,28 +100,37 @@ def parse(argv):
 
 
 def _axes(texts, config, fixed):
-  """Reads the grid from KEY=VALUE,VALUE; nothing may be named twice, or be given for all cells as well."""
+  """Reads the axes of the grid; nothing may be named twice, or be given for all cells as well."""
   given = {config_lib.key_of(arg) for arg in fixed}
   given |= {item.partition('=')[0] for item in config_lib.split_spec(config)[1].split(',')}
-  axes = {}
+  axes, taken = [], set()
   for text in texts:
-    key, _, listed = text.partition('=')
-    found = split_values(listed)
-    if not re.fullmatch(r'\w+(\.\w+)*', key) or not all(found):
-      raise UserError(f'command line: --over takes KEY=VALUE,VALUE, such as seed=0,1,2, not {text!r}')
-    if key in axes:
-      raise UserError(f'command line: --over has {key} twice: leave one out')
-    if key in given:
-      raise UserError(f'command line: {key} is given for all cells, and again in --over: leave one out')
-    axes[key] = found
+    key, _, values = text.partition('=')
+    pieces = [split_values(f'{key}={value}', _MORE) for value in split_values(values)]
+    axis = [[piece.partition('=')[::2] for piece in each] for each in pieces]
+    for choice in axis:
+      if not all(re.fullmatch(r'\w+(\.\w+)*', key) and value for key, value in choice):
+        raise UserError(f'command line: --over takes KEY=VALUE,VALUE, such as seed=0,1,2, not {text!r}')
+      keys = [key for key, _ in choice]
+      for key in keys:
+        if key in taken or keys.count(key) > 1:
+          raise UserError(f'command line: --over has {key} twice: leave one out')
+        if key in given:
+          raise UserError(f'command line: {key} is given for all cells, and again in --over: leave one out')
+    taken.update(key for choice in axis for key, _ in choice)
+    axes.append([dict(choice) for choice in axis])
   return axes
 
 
-def split_values(text):
-  """Splits at commas, but not within brackets or quotes."""
+_MORE = r'\+(?=[\w.]+=)'  # between a value and the settings that go with it
+
+
+def split_values(text, separator=','):
+  """Splits wherever the pattern of a separator matches, but not within brackets or quotes."""
   values, depth, quote = [''], 0, ''
-  for character in text:
-    if character == ',' and depth == 0 and not quote:
+  separator = re.compile(separator)
+  for place, character in enumerate(text):
+    if depth == 0 and not quote and separator.match(text, place):
       values.append('')
       continue
     values[-1] += character
@@ -132,10 +142,10 @@ def split_values(text):
 
 
 def plan(axes, config, workdir, data_dir=None, fixed=()):
-  """Makes the cells of a grid, the last key changing fastest, and looks at each.
+  """Makes the cells of a grid, the last axis changing fastest, and looks at each.
 
   Args:
-    axes: {key: [value]}, as text; a key is a setting or a shorthand, see `is_setting`.
+    axes: for each axis its choices, each {key: value} as text; a key is a setting or a shorthand, see `is_setting`.
     config: NAME[:ARGS] or FILE[:ARGS] of all cells.
     workdir: cells are folders in it.
     data_dir: as it was given, or None.
@@ -148,10 +158,10 @@ def plan(axes, config, workdir, data_dir=None, fixed=()):
     UserError: a config that cannot be made, two cells that are one, a folder that is another run's.
   """
   path, args = config_lib.split_spec(config)
-  order = sorted(axes, key=lambda key: (key == 'seed', key))
   cells, seen, folders = [], {}, {}
-  for values in itertools.product(*axes.values()):
-    chosen = dict(zip(axes, values, strict=True))
+  for choices in itertools.product(*axes):
+    chosen = {key: value for choice in choices for key, value in choice.items()}
+    order = sorted(chosen, key=lambda key: (key == 'seed', key))
     items = [f'{key}={_as_name(chosen[key])}' for key in order]
     name, row = (','.join(i for i, key in zip(items, order, strict=True) if key != left) for left in (None, 'seed'))
     shorthands = ','.join([*filter(None, [args]), *(f'{k}={v}' for k, v in chosen.items() if not is_setting(k))])
@@ -166,8 +176,9 @@ def plan(axes, config, workdir, data_dir=None, fixed=()):
       raise UserError(f'cell {name}: {error}{_hint(axes, path)}') from error
     if (twin := seen.setdefault(config_lib.to_json(complete), name)) is not name:
       raise UserError(f'command line: --over: {twin} and {name} are the same run, with not a setting that differs')
-    if (twin := folders.setdefault(folder, values)) is not values:
-      raise UserError(f'command line: --over: {", ".join(twin)} and {", ".join(values)} would share {folder}')
+    if (twin := folders.setdefault(folder, chosen)) is not chosen:
+      values, others = (', '.join(each.values()) for each in (twin, chosen))
+      raise UserError(f'command line: --over: {values} and {others} would share {folder}')
     folder_of_data = [f'--data_dir={data_dir}'] if data_dir else []
     arguments = [f'--config={spec}', f'--workdir={folder}', *folder_of_data, *overrides]
     cells.append(Cell(name, row or Path(workdir).resolve().name, folder, arguments, complete))
@@ -191,7 +202,8 @@ def _hint(axes, path):
   except UserError:
     return ''
   groups = [group for group in config if hasattr(config[group], 'keys')]
-  meant = [f'{group}.{key}' for key in axes if not is_setting(key) for group in groups if key in config[group]]
+  keys = dict.fromkeys(key for axis in axes for choice in axis for key in choice if not is_setting(key))
+  meant = [f'{group}.{key}' for key in keys for group in groups if key in config[group]]
   return f'; settings of such a name are {", ".join(meant)}' if meant else ''
 
 

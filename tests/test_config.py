@@ -116,17 +116,105 @@ def test_override_names_what_is_wrong(argument, message):
     config_lib.override(config_lib.load(TINY), [argument])
 
 
-def test_own_algorithm_by_its_module_name(tmp_path, monkeypatch):
-  (tmp_path / 'my_algorithm.py').write_text('def make(model, *, temperature=2.0):\n  return temperature\n')
-  (tmp_path / 'my.py').write_text('')
-  monkeypatch.syspath_prepend(tmp_path)
-  package = tmp_path / 'own'
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+  """A function that makes a module of the user's own, under a name that no other test has imported, and returns it."""
+  package = tmp_path / f'own{tmp_path.name.replace("-", "_")}'
   package.mkdir()
-  (package / '__init__.py').write_text('')
-  (package / 'learner.py').write_text('def make(model, *, temperature=2.0):\n  return temperature\n')
-  config = config_lib.complete({**config_lib.load(TINY).to_dict(), 'algorithm': {'name': 'own.learner'}})
+  (package / '__init__.py').touch()
+  monkeypatch.syspath_prepend(tmp_path)
+
+  def write(signature, returned='locals()'):
+    (package / 'part.py').write_text(f'import numpy as np\ndef {signature}:\n  return {returned}\n')
+    return f'{package.name}.part'
+
+  return write
+
+
+def test_own_algorithm_by_its_module_name(own):
+  name = own('make(model, *, temperature=2.0)')
+  config = config_lib.complete({**config_lib.load(TINY).to_dict(), 'algorithm': {'name': name}})
   assert config.algorithm.temperature == 2.0
-  assert config_lib.build(config, 'algorithm', None) == 2.0
+  assert config_lib.build(config, 'algorithm', 'net') == {'model': 'net', 'temperature': 2.0}
+
+
+OWN = {'widths': (8, (4, 2)), 'inner_steps': 1, 'rate': None, 'flag': False}
+
+
+@pytest.mark.parametrize(
+  'arguments',
+  [
+    'model, way, objective, widths=[8, [4, 2]], inner_steps=1, rate=None, flag=False',
+    'model, *, way, objective, widths=(8, (4, 2)), inner_steps=1, rate=None, flag=False',
+    'model=None, way=5, objective=len, widths=[8, (4, 2)], *, inner_steps=1, rate=None, flag=False',
+  ],
+)
+def test_arguments_are_settings_wherever_they_stand(own, arguments):
+  """But for those that training supplies; lists are tuples, and None is empty until it is given."""
+  name = own(f'make({arguments})')
+  supplied = {'way': 3, 'objective': 'loss', 'num_classes': 12}
+  config = config_lib.override(config_lib.load(TINY), [f'--config.algorithm.name={name}'])
+  assert config.algorithm.to_dict() == {'name': name, **OWN}
+  assert config_lib.build(config, 'algorithm', 'net', **supplied) == {
+    **{'model': 'net', 'way': 3, 'objective': 'loss'},
+    **OWN,
+  }
+  given = [f'--config.algorithm.{each}' for each in ('inner_steps=4', 'rate=0.5', 'widths=(1, (2, 3))')]
+  config = config_lib.from_json(config_lib.to_json(config_lib.override(config, given)))
+  made = config_lib.build(config, 'algorithm', 'net', **supplied)
+  assert (made['inner_steps'], made['rate'], made['widths']) == (4, 0.5, (1, (2, 3)))
+
+
+@pytest.mark.parametrize(
+  ('text', 'value'),
+  [('3', 3), ('0.5', 0.5), ('True', True), ('tanh', 'tanh'), ('(1, 2)', (1, 2)), ('/a/b', '/a/b'), ('None', None)],
+)
+def test_a_setting_of_any_type(own, text, value):
+  config = config_lib.override(config_lib.load(TINY), [f'--config.model.name={own("make(num_outputs, given=None)")}'])
+  for before in (None, 1, 'x'):  # a value of another type may take its place
+    config = config_lib.override(config, [f'--config.model.given={before}'])
+    config = config_lib.override(config_lib.from_json(config_lib.to_json(config)), [f'--config.model.given={text}'])
+    assert config.model.given == value and type(config.model.given) is type(value)
+  assert config_lib.build(config, 'model', 5) == {'num_outputs': 5, 'given': value}
+  with pytest.raises(UserError, match=r'config.model.given = \{.*a bool, int, float, str, None or a tuple'):
+    config_lib.override(config, ['--config.model.given={"a": 1}'])
+
+
+@pytest.mark.parametrize(
+  ('group', 'signature', 'message'),
+  [
+    (
+      'algorithm',
+      'make(model, sizes={"a": 1})',
+      r'\.make\(\): a config cannot hold the default of sizes: make it a bool',
+    ),
+    ('algorithm', 'make(model, *, loss=len)', 'the default of loss: make it .* or leave it out'),
+    ('model', 'make(num_outputs, *, scale=np.ones(3))', 'the default of scale'),
+    ('model', 'make(num_outputs, *, scale=np.float32(3))', 'the default of scale'),
+    ('weighting', 'make(rules=(len, max))', 'the default of rules'),
+    ('data', 'load(data_dir, **settings)', r'\.load\(\) takes \*\*settings, .*: name each'),
+    ('model', 'make(num_outputs, width=3, /)', 'width cannot be given by keyword: remove the /'),
+    ('model', 'make(num_outputs, name="net")', 'config.model.name has another meaning: call the argument'),
+    ('algorithm', 'make(model, temperature)', 'config.algorithm.temperature is missing'),
+  ],
+)
+def test_what_can_be_no_setting_is_refused(own, group, signature, message):
+  with pytest.raises(UserError, match=message) as error:
+    config_lib.override(config_lib.load(TINY), [f'--config.{group}.name={own(signature)}'])
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('group', 'signature', 'settings'),
+  [
+    ('data', 'load(data_dir, num_classes=10)', {'num_classes': 10}),
+    ('model', 'make(num_outputs=None, objective="sine")', {'objective': 'sine'}),
+    ('algorithm', 'make(model, way=5, num_classes=2, tasks=4)', {'tasks': 4}),
+    ('weighting', 'make(scale=2.0, tasks=4, way=5)', {'scale': 2.0, 'way': 5}),
+  ],
+)
+def test_only_what_training_supplies_to_a_part_is_no_setting(own, group, signature, settings):
+  assert config_lib.keywords(config_lib.find(group, own(signature)), group) == settings
 
 
 def test_differences_are_dotted_names():
@@ -174,3 +262,29 @@ def test_a_head_has_the_c_of_the_algorithm_s_own_one(settings, c):
   own = ['--config.algorithm.name=classifier', '--config.algorithm.head_c=3']
   config = config_lib.override(config_lib.load(TINY), [*own, *settings])
   assert config_lib.head_c(config) == c
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'line'),
+  [
+    (['seed=1', 'algorithm.name=maml'], None),
+    (
+      ['algorithm.name=anil'],
+      "config: kept algorithm.inner_lr=0.1, algorithm.inner_steps=1; new by default algorithm.inner_params=('head',)",
+    ),
+    (
+      ['algorithm.name=protonet', 'algorithm.batch_norm=support'],
+      'config: dropped algorithm.inner_lr=0.1, algorithm.inner_steps=1, eval.inner_steps=2',
+    ),
+    (
+      ['model.name=mlp', 'algorithm.name=reptile', 'algorithm.inner_lr=0.5'],
+      "config: kept algorithm.inner_steps=1; dropped model.downsample='stride', model.width=4",
+    ),
+  ],
+)
+def test_override_says_what_became_of_the_settings_of_a_name_that_goes(arguments, line):
+  lines = []
+  config = config_lib.load(TINY)
+  changed = config_lib.override(config, [f'--config.{each}' for each in arguments], note=lines.append)
+  assert lines == ([line] if line else [])
+  assert config_lib.differences(changed, config_lib.override(config, [f'--config.{each}' for each in arguments])) == []

@@ -110,6 +110,23 @@ def test_mistakes_end_in_one_line(run, arguments, complaint):
   assert status == 2 and re.search(complaint, err) and err.startswith('metajax: ') and err.count('\n') == 1
 
 
+def test_settings_of_a_data_set_of_the_users_own(run, tmp_path, monkeypatch):
+  """One of any type is read as in a config, and one without a default has to be given."""
+  (tmp_path / 'own_data').mkdir()
+  (tmp_path / 'own_data' / 'any_type.py').write_text(
+    'from metajax.errors import UserError\n'
+    'def load(data_dir, kind, *, given=None):\n  raise UserError(f"{kind!r} and {given!r}")\n'
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  for arguments, line in (
+    (['--given=1'], 'command line: --kind=VALUE is missing'),
+    (['--kind=a'], "'a' and None"),
+    (['--kind=3', '--given=(1, 2.5)'], '3 and (1, 2.5)'),
+    (['--kind=a', '--given=/b'], "'a' and '/b'"),
+  ):
+    assert run('own_data.any_type', *arguments)[2] == f'metajax: {line}\n'
+
+
 def test_images_that_do_not_decode_stop_it_or_are_listed(run, tmp_path):
   make_folder(tmp_path / 'data')
   for name in ('train/class0/1.png', 'test/class5/3.png'):

@@ -394,6 +394,12 @@ def test_other_errors_keep_their_traceback(cache, tmp_path, monkeypatch):
     run(f'--config={config}')
 
 
+def test_what_became_of_settings_is_said_once(cache, tmp_path, capsys):
+  refused = '--config.eval.episodes=0'  # before anything is read or compiled
+  assert run(f'--config={TINY}', f'--workdir={tmp_path}', '--config.algorithm.name=reptile', refused) == 2
+  assert capsys.readouterr().out.count('config: kept algorithm.inner_lr=0.1, ') == 1
+
+
 def test_a_full_disk_ends_with_one_line_and_loses_nothing(cache, tmp_path, monkeypatch, capsys):
   arguments = f'--config={TINY}', f'--workdir={tmp_path / "run"}', '--mode=train', MLP
   write = writer.Writer.write

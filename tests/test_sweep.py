@@ -147,6 +147,24 @@ def test_values_keep_the_commas_within_brackets_and_quotes(text, values):
   assert sweep.split_values(text) == values
 
 
+def test_settings_that_go_with_a_value():
+  own = 'algorithm.name=maml+algorithm.inner_lr=0.5+shot=2,maml+algorithm.inner_params=(),protonet'
+  cells = cells_of(f'--config={TINY}', '--over', 'seed=1,2', own)
+  assert [cell.name for cell in cells[:3]] == [
+    'algorithm.inner_lr=0.5,algorithm.name=maml,shot=2,seed=1',
+    'algorithm.inner_params=none,algorithm.name=maml,seed=1',
+    'algorithm.name=protonet,seed=1',
+  ]
+  first, second, third = (cell.config for cell in cells[3:])
+  assert (first.algorithm.inner_lr, first.data.shot, first.seed) == (0.5, 2, 2)
+  assert (second.algorithm.inner_lr, second.data.shot, second.algorithm.inner_params) == (0.1, 1, ())
+  assert third.algorithm.name == 'protonet' and third.data.shot == 1
+  options, overrides = main.parse(['main', *cells[3].arguments])  # as the run is to read them
+  assert config.differences(config.override(config.load(options.config), overrides), first) == []
+  [cell] = cells_of(f'--config={TINY}', '--over', 'optimizer.learning_rate=1e+3', 'init_from="a+b=c"')
+  assert (cell.config.optimizer.learning_rate, cell.config.init_from) == (1000, '"a+b=c"')
+
+
 def test_a_cell_has_the_same_name_in_whatever_order_the_grid_is_written():
   one = cells_of(f'--config={TINY}', '--over', 'seed=0,1', 'shot=1,2', 'algorithm.first_order=True')
   other = cells_of(f'--config={TINY}', '--over', 'algorithm.first_order=True', 'shot=2,1', '--over=seed=1,0')
@@ -166,6 +184,14 @@ def test_a_cell_has_the_same_name_in_whatever_order_the_grid_is_written():
     ([f'--config={TINY}', '--over', 'seed=0', 'seed=1'], '--over has seed twice'),
     ([f'--config={TINY}:shot=1', '--over', 'shot=1,2'], 'shot is given for all cells, and again in --over'),
     ([f'--config={TINY}', '--over', 'seed=1', '--config.seed=2'], 'seed is given for all cells'),
+    ([f'--config={TINY}', '--over', 'shot=1+seed=1,2', 'seed=2'], '--over has seed twice'),
+    ([f'--config={TINY}', '--over', 'shot=1+seed=1+seed=2'], '--over has seed twice'),
+    ([f'--config={TINY}', '--over', 'shot=1+seed=1', '--config.seed=2'], 'seed is given for all cells'),
+    ([f'--config={TINY}', '--over', 'shot=1+seed=,2'], "not 'shot=1+seed=,2'"),
+    (
+      [f'--config={TINY}', '--over', 'algorithm.name=maml,protonet+algorithm.inner_lr=1'],
+      "cell algorithm.inner_lr=1,algorithm.name=protonet: command line: config.algorithm has no setting 'inner_lr'",
+    ),
     (['--config=none.py', '--over', 'seed=0'], 'there is no file none.py'),
     ([f'--config={TINY}', '--over', 'seed=0,x'], 'cell seed=x: command line: '),
     ([f'--config={TINY}', '--over', 'shot=1,2,x'], 'cell shot=x: --config: shot takes a value such as shot=1'),

@@ -68,19 +68,29 @@ def _load(name, data_dir, settings):
   return config_lib.find('data', name)(data_dir, **_settings(name, settings))
 
 
+_UNREADABLE = (TypeError, ValueError, SyntaxError, MemoryError, RecursionError)
+
+
 def _settings(name, settings):
   """Settings read as the types of their defaults."""
-  defaults, result = config_lib.keywords(config_lib.find('data', name)), {}
+  defaults, result = config_lib.keywords(config_lib.find('data', name), 'data'), {}
+  if missing := [key for key, default in defaults.items() if default is config_lib.REQUIRED and key not in settings]:
+    raise UserError(f'command line: --{missing[0]}=VALUE is missing')
   for key, text in settings.items():
     if key not in defaults:
       raise UserError(f'command line: {name} has no setting {key!r}; known: {", ".join(["data_dir", *defaults])}')
     kind = type(defaults[key])
+    if kind is type:  # of any type
+      result[key] = text
+      with contextlib.suppress(*_UNREADABLE):
+        result[key] = ast.literal_eval(text)
+      continue
     try:
       value = text if kind is str else ast.literal_eval(text.capitalize() if kind is bool else text)
       result[key] = float(value) if kind is float and type(value) is int else value
       if type(result[key]) is not kind:
         raise ValueError
-    except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError):
+    except _UNREADABLE:
       raise UserError(f'command line: --{key} takes a value such as {defaults[key]!r}, not {text!r}') from None
   return result
 
