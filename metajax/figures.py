@@ -4,10 +4,12 @@ Plain NumPy in, a PNG out. Figures are built without pyplot, so that no backend 
 function. Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart.
 """
 
+import functools
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -84,9 +86,15 @@ def contact_sheet(path, title, splits, classes=8, columns=12):
 
 
 def _short(name, length=28):
-  """A name as a label: cut, without what Matplotlib takes for a formula, and printable."""
-  name = name.encode(errors='replace').decode().replace('$', r'\$')
+  """A name as a label: cut, without what Matplotlib takes for a formula, and with boxes for what the font lacks."""
+  has = _font().get_char_index
+  name = ''.join(c if c.isprintable() and has(ord(c)) else '□' for c in name).replace('$', r'\$')
   return name if len(name) <= length else f'...{name[3 - length :]}'
+
+
+@functools.cache
+def _font():
+  return font_manager.get_font(font_manager.findfont(STYLE['font.family']))
 
 
 @matplotlib.rc_context(STYLE)

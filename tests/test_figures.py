@@ -143,6 +143,7 @@ def test_episode_grid(drawn, way, shot, queries, channels):
       ['0: Angelic/character01', '1: Angelic/character02'],
       ['✓ class 0'],
     ),
+    (('\u732b', '\u72d7'), ['0: □', '1: □'], ['✓ class 1']),  # in Chinese, which the font lacks
     (('$a', 'b' * 40), [r'\$a', f'...{"b" * 21}'], ['✓ \\$a', '✓ ...bbbbb…']),
   ],
 )
