@@ -7,7 +7,7 @@ metajax reproduce --table                                   what was published a
   CELL        as --list names it, or a pattern such as 'quickdraw20-*'
   --seeds     of the runs; 0 by default
   --workdir   each run has a folder here; runs/reproduce by default
-  --results   where the results go, results/CELL/seed0.json; by default those that come with metajax
+  --results   where the results go, results/CELL/seed0.json; by default those of the checkout
   --data_dir  where archives of data sets lie or go; $METAJAX_DATA, else ~/metajax_data
 
 Each run is an ordinary one of `metajax train`: run the same command again, and finished runs are skipped and others
@@ -110,8 +110,9 @@ def parse(argv):
 
 
 def shipped():
-  """The folder of the results that come with metajax."""
-  return Path(__file__).parent.parent / 'results'
+  """The folder of results: that of the checkout, else one in the working folder."""
+  root = Path(__file__).parent.parent
+  return root / 'results' if (root / 'pyproject.toml').exists() else Path('results')
 
 
 def find(patterns):

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from metajax import config, reproduce
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 
 TINY_CELL = reproduce.Cell('tiny', f'{TINY}:way=2', 58.9, 'nobody', 0.01, 1.9, ('--config.model.name=mlp',))
 
@@ -36,6 +36,11 @@ def test_table(tmp_path):
   half = 100 * stats.t.ppf(0.975, 2) * stats.sem(accuracies)
   assert f'| 58.9 | {100 * np.mean(accuracies):.2f} ± {half:.2f} | 0, 1, 2 |' in other
   assert 'not run: about 0.01 h' in third
+
+
+def test_the_page_says_what_the_results_say():
+  """`metajax reproduce --table > docs/results_table.md` makes it."""
+  assert (ROOT / 'docs' / 'results_table.md').read_text() == reproduce.table(reproduce.CELLS, ROOT / 'results') + '\n'
 
 
 def test_a_cell_is_run_kept_and_skipped(cache, tmp_path, monkeypatch, capfd):
