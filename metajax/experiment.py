@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from metajax import config as config_lib
-from metajax import evaluate, heads, losses, optimizers, parallel, processes
+from metajax import evaluate, heads, keys, losses, optimizers, parallel, processes
 from metajax.checkpoint import KEEP_BEST
 from metajax.data import episodes, hard_tasks, identity, table
 from metajax.errors import UserError, first_line
@@ -98,7 +98,7 @@ def make(config, data_dir, needed=('train', 'test'), *, validated=True, kept=Non
     raise UserError('config.eval.head_c and head_normalize are of the head that config.eval.head names: name one')
   example = np.zeros(shapes.support.inputs.shape[1:], np.float32)
   with explained(f'config.model: {config.model.name} does not take inputs {example.shape[1:]}'):
-    jax.eval_shape(algorithm.init, jax.random.key(0), example)
+    jax.eval_shape(lambda example: algorithm.init(keys.from_seed(0), example), example)
   if evaluated := [split for split in ('val', 'test') if split in sources]:
     rehearse(evaluation._replace(init=algorithm.init), objective, sources[evaluated[0]], example, way)
   if not algorithm.episodic:
@@ -199,7 +199,8 @@ def rehearse(algorithm, objective, source, example, way):
     UserError: it fails, or the network has fewer outputs than `way`.
   """
 
-  def evaluation(rng, example, resident, batch):
+  def evaluation(example, resident, batch):
+    rng = keys.from_seed(0)  # here: outside it would be compiled
     params, model_state = algorithm.init(rng, example)
     episode = jax.tree.map(lambda x: x[0], source.decode(resident, batch))
     adapted = algorithm.adapt(params, model_state, episode.support, rng)
@@ -207,7 +208,7 @@ def rehearse(algorithm, objective, source, example, way):
     return outputs, evaluate.score(objective, outputs, episode.query.targets)
 
   with explained('config: the learner cannot be evaluated'):
-    outputs, _ = jax.eval_shape(evaluation, jax.random.key(0), example, source.resident, source.sample(0, 1))
+    outputs, _ = jax.eval_shape(evaluation, example, source.resident, source.sample(0, 1))
   if objective is not losses.REGRESSION and way > outputs.shape[-1]:
     raise UserError(f'config.eval.way = {way}, but the network was trained with {outputs.shape[-1]} outputs')
 
