@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
-from metajax.errors import UserError, first_line
+from metajax.errors import UserError, first_line, optional
 from metajax.files import write_atomically
 
 TIMES = 'time', 'tasks_per_second'  # in records: all that differs between two runs that are otherwise the same
@@ -62,6 +62,7 @@ class Writer:
     self._events.close()
 
 
+@optional('figures in TensorBoard')
 def add_figures(workdir):
   """Puts the PNGs of `figures` into the TensorBoard events, at the last step that was recorded.
 
