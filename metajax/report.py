@@ -11,8 +11,9 @@ import numpy as np
 
 from metajax import config as config_lib
 from metajax import evaluate, heads, networks, parallel, processes, system, writer
+from metajax import workdir as workdir_lib
 from metajax.data import episodes
-from metajax.errors import UserError
+from metajax.errors import UserError, optional
 from metajax.files import write_atomically
 from metajax.progress import readable
 
@@ -326,56 +327,80 @@ def _number(result, prefix=''):
 @functools.cache
 def figures():
   """The module that draws; without matplotlib None, after a line that says so once."""
-  try:
+  with optional('figures'):
     return system.package('metajax.figures', 'drawing figures')
-  except UserError as error:
-    print(f'no figures: {error}')
-    return None
 
 
+@optional('figures of training')
 def draw_training(workdir):
   """Draws the learning curves, and task weights, inner step sizes and the steps' importance where there are any.
 
-  They go into the TensorBoard events as well.
+  They go into the TensorBoard events as well. A figure that cannot be drawn costs a line, and so in `draw`.
   """
   if not (drawing := figures()):
     return
-  folder, records = Path(workdir) / 'figures', writer.read(workdir)
-  drawing.learning_curves(folder / 'learning_curves.png', records)
-  drawing.task_weights(folder / 'task_weights.png', records)
-  drawing.inner_lr(folder / 'inner_lr.png', records)
-  drawing.loss_importance(folder / 'loss_importance.png', records)
+  config, records = workdir_lib.read_config(workdir), writer.read(workdir)
+  for name, options in (
+    ('learning_curves', {'names': _curve_names(config)}),
+    ('task_weights', {}),
+    ('inner_lr', {}),
+    ('loss_importance', {}),
+  ):
+    with optional(f'{name}.png'):
+      getattr(drawing, name)(Path(workdir) / 'figures' / f'{name}.png', records, **options)
   writer.add_figures(workdir)
 
 
+def _curve_names(config):
+  """What the curves of training and validation are called: with the way, where it is not the same."""
+  names = ['meta-train', 'meta-validation']
+  ways = ['all classes' if config.data.batch else f'{config.data.way}-way', f'{_chosen(config, "data", "way")}-way']
+  return names if ways[0] == ways[1] else [f'{name}, {way}' for name, way in zip(names, ways, strict=True)]
+
+
 def draw(figures, experiment, state, result, folder):
-  """Draws, by the module `figures`, the inner loop's gain, and one test episode or a few regression tasks."""
+  """Draws, by the module `figures`, the inner loop's gain, and one test episode or a few regression tasks.
+
+  There is no figure of an episode whose inputs are no images, or of tasks that are no curves.
+  """
   quantity = 'accuracy' if 'accuracy' in result else 'loss'
   if steps := result.get('by_inner_step'):
-    values, ci95 = np.array(steps[quantity]), np.array(steps[f'{quantity}_ci95'])
-    figures.inner_steps(folder / 'inner_steps.png', values, ci95, quantity=quantity, way=result.get('way'))
-  if quantity == 'accuracy':
+    with optional('inner_steps.png'):
+      values, ci95 = np.array(steps[quantity]), np.array(steps[f'{quantity}_ci95'])
+      figures.inner_steps(folder / 'inner_steps.png', values, ci95, quantity=quantity, way=result.get('way'))
+  if quantity == 'loss':
+    with optional('regression.png'):
+      if curves := _curves(experiment, state, result['shot']):
+        figures.regression_curves(folder / 'regression.png', curves)
+    return
+  with optional('episode.png'):
     episode, outputs = _predictor(experiment, state, experiment.sources['test'])(0)
-    predictions = outputs[-1].argmax(axis=-1)
-    figures.episode_grid(folder / 'episode.png', episode.support, episode.query, predictions, way=result['way'])
-  else:
-    figures.regression_curves(folder / 'regression.png', _curves(experiment, state, result['shot']))
+    if episode.support.inputs.ndim == 4:  # (n, h, w, c)
+      names = [experiment.splits['test'].names[k] for k in episode.class_ids]
+      predictions = outputs[-1].argmax(axis=-1)
+      figures.episode_grid(folder / 'episode.png', episode.support, episode.query, predictions, names=names)
 
 
 def _curves(experiment, state, shot, tasks=4, points=200):
-  """Support points, the true function and the adapted ones on a few test tasks, for `figures.regression_curves`."""
+  """Support points, the true function and the adapted ones on a few test tasks, for `figures.regression_curves`.
+
+  There are none where a task is no curve: with several outputs, or inputs that differ in more than the first number.
+  """
   dense = episodes.make_source(experiment.splits['test'], 'test', way=None, shot=shot, query_shot=points, seed=0)
   predict = _predictor(experiment, state, dense)
   curves = []
   for number in range(tasks):
     episode, outputs = predict(number)
-    order = np.argsort(episode.query.inputs[:, 0])
+    inputs, targets = episode.query
+    if inputs.ndim != 2 or targets.shape[1:] != (1,) or np.ptp(inputs[:, 1:], axis=0).any():
+      return []
+    order = np.argsort(inputs[:, 0])
     curves.append(
       {
         'x_support': episode.support.inputs[:, 0],
         'y_support': episode.support.targets[:, 0],
-        'x': episode.query.inputs[order, 0],
-        'y': episode.query.targets[order, 0],
+        'x': inputs[order, 0],
+        'y': targets[order, 0],
         'predictions': {
           step: outputs[step][order, 0] for step in sorted({0, min(1, len(outputs) - 1), len(outputs) - 1})
         },
