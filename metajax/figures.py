@@ -338,12 +338,23 @@ def episode_grid(path, support, query, predictions, *, names):
   row_names, taken_for = _told_apart(names, (26, 12))
   taken_for = [f'✗ {name}' for name in taken_for]
   # Units are image sides: one axes for the whole figure is many times faster than one for each image.
-  ratio = np.clip(np.divide(*images[0].shape[1:3]), 1 / 3, 3)
+  h, w = images[0].shape[1:3]
+  ratio = np.clip(h / w, 1 / 3, 3)
   height, width = min(ratio, 1), min(1 / ratio, 1)
   pitch, row_pitch, gap = 1.1, height + 0.36, 0.55
   left = max(1.3, max(_inches(name, large) for name in row_names) / inch + 0.36)
   starts = [left, left + columns[0] * pitch + gap]
-  right, bottom = max(starts[1] + columns[1] * pitch, 7.5), way * row_pitch
+  shot, shown = len(targets[0]) // way, sum(len(row[1]) for row in rows)
+  correct = np.mean(predictions == targets[1])
+  title = f'{way}-way {shot}-shot episode: {100 * correct:.0f} % of {len(predictions)} queries correct'
+  more = f', the first {SHOWN} of each class' if len(predictions) > shown else ''
+  of_queries = f'queries and predictions{more}'
+  right = max(
+    starts[1] + columns[1] * pitch,
+    starts[1] + _inches(of_queries, large) / inch,
+    0.15 + _inches(title, 1.2 * large) / inch,
+  )
+  bottom = way * row_pitch
   smaller = small * min(1, pitch * inch / max(_inches(text, small) for text in taken_for))
   fig = Figure(figsize=(inch * (right + 0.2), inch * (bottom + 1.25)))
   ax = fig.add_axes((0, 0, 1, 1))
@@ -365,13 +376,9 @@ def episode_grid(path, support, query, predictions, *, names):
           text, size = ('✓', small) if good else (taken_for[predictions[index]], smaller)
           ax.text(center, top + height + 0.05, text, ha='center', va='top', color=color, fontsize=size, weight='bold')
   ax.plot([starts[1] - 0.08 - gap / 2] * 2, [-0.1, bottom - 0.2], color='#C4C4C4', linewidth=1.2)
-  shot, shown = len(targets[0]) // way, sum(len(row[1]) for row in rows)
-  correct = np.mean(predictions == targets[1])
-  title = f'{way}-way {shot}-shot episode: {100 * correct:.0f} % of {len(predictions)} queries correct'
   ax.text(0.15, -0.75, title, fontsize=1.2 * large, weight='bold', va='center')
   ax.text(starts[0], -0.2, 'support', fontsize=large, color=GREY)
-  more = f', the first {SHOWN} of each class' if len(predictions) > shown else ''
-  ax.text(starts[1], -0.2, f'queries and predictions{more}', fontsize=large, color=GREY)
+  ax.text(starts[1], -0.2, of_queries, fontsize=large, color=GREY)
   ax.set(xlim=(0, right + 0.2), ylim=(bottom + 0.1, -1.15), aspect='equal')
   _save(fig, path)
 

@@ -340,14 +340,14 @@ def draw_training(workdir):
   if not (drawing := figures()):
     return
   config, records = workdir_lib.read_config(workdir), writer.read(workdir)
-  for name, options in (
-    ('learning_curves', {'names': _curve_names(config)}),
-    ('task_weights', {}),
-    ('inner_lr', {}),
-    ('loss_importance', {}),
-  ):
-    with optional(f'{name}.png'):
-      getattr(drawing, name)(Path(workdir) / 'figures' / f'{name}.png', records, **options)
+  for name, draw_figure in {
+    'learning_curves.png': functools.partial(drawing.learning_curves, names=_curve_names(config)),
+    'task_weights.png': drawing.task_weights,
+    'inner_lr.png': drawing.inner_lr,
+    'loss_importance.png': drawing.loss_importance,
+  }.items():
+    with optional(name):
+      draw_figure(Path(workdir) / 'figures' / name, records)
   writer.add_figures(workdir)
 
 

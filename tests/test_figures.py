@@ -161,27 +161,30 @@ def test_a_single_query_and_uint8(drawn):
 
 
 @pytest.mark.parametrize(
-  'names',
+  ('names', 'first'),
   [
-    ['001.Black_footed_Albatross', '014.Indigo_Bunting', '112.Great_Grey_Shrike'],
-    [f'Anglo-Saxon_Futhorc/character{k:02d}/rot090' for k in range(20)],
-    ['a' * 50 + str(k) + 'b' * 50 for k in range(3)],
-    ['$x_{$', '%', '\udcff\n'],
+    (['001.Black_footed_Albatross', '014.Indigo_Bunting', '112.Great_Grey_Shrike'], '001.Black_f…'),
+    ([f'Anglo-Saxon_Futhorc/character{k:02d}/rot090' for k in range(20)], '…er00/rot090'),
+    ([f'{a}{"_" * 20}{z}' for a, z in (('abc', 'uvw'), ('abc', 'xyz'), ('def', 'xyz'))], 'abc___…__uvw'),
+    (['a' * 50 + str(k) + 'b' * 50 for k in range(3)], '1: aaaaaaaa…'),
+    (['$x_{$', '%', '\udcff\n'], r'\$x_{\$'),
   ],
-  ids=['beginnings', 'ends', 'neither', 'odd'],
+  ids=['beginnings', 'ends', 'both', 'neither', 'odd'],
 )
-def test_names_lie_in_their_places_and_can_be_told_apart(drawn, names):
+def test_names_lie_in_their_places_and_can_be_told_apart(drawn, names, first):
   support, query = episode(len(names), 1, 1, 1)
   predictions = (query[1] + 1) % len(names)
   figures.episode_grid(drawn.path, support, query, predictions, names=names)
   wrong = [text for text in drawn.figure.axes[0].texts if '✗' in text.get_text()]
   rows = [text for text in drawn.figure.axes[0].texts if text.get_ha() == 'right']
+  assert f'✗ {first}' in drawn.texts()
   for labels in (wrong, rows):
     assert len({text.get_text() for text in labels}) == len(labels) == len(names)
   drawn.figure.set_dpi(150)  # as it was saved: letters are as wide as whole pixels
   to_images = drawn.figure.axes[0].transData.inverted()  # 1.1 is from one image to the next
   assert all(text.get_window_extent().transformed(to_images).width <= 1.1 for text in wrong)
-  assert all(text.get_window_extent().x0 >= 0 for text in rows)
+  ends = [text.get_window_extent() for text in drawn.figure.axes[0].texts]  # the headings too
+  assert min(box.x0 for box in ends) >= 0 and max(box.x1 for box in ends) <= drawn.figure.bbox.width
 
 
 @pytest.mark.parametrize(('h', 'w', 'sides'), [(14, 28, (1, 0.5)), (30, 20, (2 / 3, 1)), (2, 90, (1, 1 / 3))])
