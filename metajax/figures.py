@@ -4,7 +4,7 @@ Plain NumPy in, a PNG out. Figures are built without pyplot, so that no backend 
 function. Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart.
 """
 
-import functools
+import io
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +12,10 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from metajax.files import write_atomically
 
 BLUE, SKY, ORANGE, GREEN, RED = '#0072B2', '#56B4E9', '#E69F00', '#009E73', '#D55E00'
 INK, GREY = '#222222', '#8A8A8A'
@@ -53,10 +56,13 @@ def contact_sheet(path, title, splits, classes=8, columns=12):
   Args:
     path: where the PNG goes.
     title: of the sheet.
-    splits: split -> ClassTable.
+    splits: split -> ClassTable; uint8 is shown as it is, other types are scaled to black and white. Without images
+      (h, w, c) nothing is drawn.
     classes: rows of a split, at most; evenly spaced over its classes.
     columns: images of a class, at most; evenly spaced.
   """
+  if any(t.images.ndim != 4 for t in splits.values()):
+    return
   rows = {
     split: np.linspace(0, len(t.names) - 1, min(classes, len(t.names))).round().astype(int)
     for split, t in splits.items()
@@ -67,61 +73,52 @@ def contact_sheet(path, title, splits, classes=8, columns=12):
   for ax, (split, t) in zip(
     fig.subplots(len(splits), height_ratios=heights, squeeze=False)[:, 0], splits.items(), strict=True
   ):
-    h, w, c = visible(t.images[:1]).shape[1:]
+    picks = [np.linspace(0, t.counts[k] - 1, min(columns, t.counts[k])).round().astype(int) for k in rows[split]]
+    images = [_grey_or_rgb(t.images[t.starts[k] + of_class]) for k, of_class in zip(rows[split], picks, strict=True)]
+    images = [x / np.float32(255) for x in images] if t.images.dtype == np.uint8 else _scaled(*images)
+    h, w = t.images.shape[1:3]
     gap = max(1, h // 14)
-    sheet = np.full((len(rows[split]) * (h + gap), columns * (w + gap), c), 255, np.uint8)
-    for y, k in enumerate(rows[split]):
-      picks = np.linspace(0, t.counts[k] - 1, min(columns, t.counts[k])).round().astype(int)
-      for x, pick in enumerate(picks):
-        image = np.rot90(visible(t.images[t.starts[k] + pick]), t.turns[k])
-        sheet[y * (h + gap) : y * (h + gap) + h, x * (w + gap) : x * (w + gap) + w] = image
-    ax.imshow(sheet.squeeze(), cmap='gray', vmin=0, vmax=255, interpolation='none' if h >= 60 else 'nearest')
+    sheet = np.ones((len(images) * (h + gap), columns * (w + gap), *images[0].shape[3:]), np.float32)
+    for y, (k, of_class) in enumerate(zip(rows[split], images, strict=True)):
+      for x, image in enumerate(of_class):
+        sheet[y * (h + gap) : y * (h + gap) + h, x * (w + gap) : x * (w + gap) + w] = np.rot90(image, t.turns[k])
+    ax.imshow(sheet, cmap='gray', vmin=0, vmax=1, interpolation='none' if h >= 60 else 'nearest')
     ax.set_title(f'{split}: {len(t.names)} classes, {t.counts.sum()} images')
     ax.set_yticks(np.arange(len(rows[split])) * (h + gap) + h / 2, [_short(t.names[k]) for k in rows[split]])
     ax.set_xticks([])
     ax.grid(False)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-  fig.savefig(path, dpi=100)
-
-
-def _short(name, length=28):
-  """A name as a label: cut, without what Matplotlib takes for a formula, and with boxes for what the font lacks."""
-  has = _font().get_char_index
-  name = ''.join(c if c.isprintable() and has(ord(c)) else '□' for c in name).replace('$', r'\$')
-  return name if len(name) <= length else f'...{name[3 - length :]}'
-
-
-@functools.cache
-def _font():
-  return font_manager.get_font(font_manager.findfont(STYLE['font.family']))
+  _save(fig, path, dpi=100)
 
 
 @matplotlib.rc_context(STYLE)
-def learning_curves(path, records, kinds=('', '')):
+def learning_curves(path, records, names=('meta-train', 'meta-validation')):
   """Draws loss and accuracy against meta-updates, meta-training and meta-validation.
+
+  Training has a running mean where there are enough records for one.
 
   Args:
     path: where the PNG goes.
-    kinds: what the legend says of the episodes of training and of validation, such as ('20-way', '5-way').
     records: dicts with 'step' and any of 'train/loss', 'val/loss', 'train/accuracy', 'val/accuracy' (fractions), and
       'val/loss_ci95', 'val/accuracy_ci95' for the bands; in regression there is no accuracy, and no panel for it.
+    names: of training and validation, for the legend.
   """
   quantities = (
     ['loss', 'accuracy'] if any(f'{s}/accuracy' in r for r in records for s in ('train', 'val')) else ['loss']
   )
   fig = Figure(figsize=(6.4 * len(quantities), 4.6), layout='constrained')
-  handles, (trained, validated) = {}, (f', {kind}' * bool(kind) for kind in kinds)
+  handles = {}
   for ax, quantity in zip(fig.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
     scale = 100 if quantity == 'accuracy' else 1
     bounds = []
     steps, values = _series(records, f'train/{quantity}', scale)
     if len(steps):
-      window = max(1 + (len(values) > 4), len(values) // 40)  # of a few values there is no mean worth its name
-      smooth = _running_mean(values, window)
-      ax.plot(steps, values, color=SKY, linewidth=0.8, alpha=0.5)
-      [line] = ax.plot(steps, smooth, color=BLUE, linewidth=2.2, marker='o' if len(steps) == 1 else None)
-      handles[f'meta-train{trained}{", running mean" * (window > 1)}'] = line
+      smooth, window = _running_mean(values)
+      if window > 1:
+        ax.plot(steps, values, color=SKY, linewidth=0.8, alpha=0.5)
+      [line] = ax.plot(steps, smooth, color=BLUE, linewidth=2.2, marker=None if window > 1 else 'o', markersize=4.5)
+      handles[f'{names[0]}, running mean of {window} records' if window > 1 else names[0]] = line
       bounds += [*smooth, *np.percentile(values, [1, 99])]  # a few spikes must not flatten the rest
     steps, values = _series(records, f'val/{quantity}', scale)
     if len(steps):
@@ -129,7 +126,7 @@ def learning_curves(path, records, kinds=('', '')):
       half = np.array([half.get(step, 0.0) for step in steps])
       band = ax.fill_between(steps, values - half, values + half, color=ORANGE, alpha=0.3, linewidth=0)
       [line] = ax.plot(steps, values, color=RED, linewidth=1.8, marker='o', markersize=4.5)
-      handles[f'meta-validation{validated}, 95 % interval'] = (band, line)
+      handles[f'{names[1]}, 95 % interval'] = (band, line)
       bounds += [*(values - half), *(values + half)]
     if bounds:
       low, high = min(bounds), max(bounds)
@@ -165,9 +162,9 @@ def task_weights(path, records):
   if len(weights):
     colors = matplotlib.colormaps['viridis'](np.linspace(0, 0.9, weights.shape[1]))
     for i, color in enumerate(colors):
-      axes[0].plot(steps, weights[:, i], color=color, linewidth=1.4, label=str(i + 1))
+      axes[0].plot(steps, weights[:, i], color=color, linewidth=1.4, label=f'$w_{{{i + 1}}}$')
     if weights.shape[1] <= SHOWN:
-      _legend_below(axes[0], title='weight of task')
+      _legend_below(axes[0])
   else:
     for (low, high), alpha, label in (((0, 4), 0.25, 'all'), ((1, 3), 0.5, 'half of them')):
       axes[0].fill_between(
@@ -178,8 +175,10 @@ def task_weights(path, records):
   if len(pair):
     axes[1].set(title='Values of the pair')
     for side, (color, label) in enumerate(((BLUE, 'weights plus'), (RED, 'weights minus'))):
-      axes[1].plot(steps, pair[:, side], color=color, linewidth=1, alpha=0.35)
-      axes[1].plot(steps, _running_mean(pair[:, side], max(1, len(steps) // 40)), color=color, linewidth=2, label=label)
+      smooth, window = _running_mean(pair[:, side])
+      if window > 1:
+        axes[1].plot(steps, pair[:, side], color=color, linewidth=1, alpha=0.35)
+      axes[1].plot(steps, smooth, color=color, linewidth=2, label=label)
     axes[2].set(title='Gain and radius', yscale='log')
     axes[2].plot(steps, gain, color=GREEN, linewidth=2, label='gain')
     axes[2].plot(steps, radius, color=ORANGE, linewidth=2, label='radius')
@@ -188,13 +187,6 @@ def task_weights(path, records):
   for ax in axes:
     _count_meta_updates(ax)
   _save(fig, path)
-
-
-def _legend_below(ax, title=None):
-  """A legend below the axes, where it hides nothing."""
-  ax.legend(
-    title=title, loc='upper center', bbox_to_anchor=(0.5, -0.16), ncols=SHOWN, columnspacing=1.0, handlelength=1.2
-  )
 
 
 @matplotlib.rc_context(STYLE)
@@ -325,56 +317,68 @@ def inner_steps(path, values, ci95, *, quantity, way=None):
 
 
 @matplotlib.rc_context(STYLE)
-def episode_grid(path, support, query, predictions, *, way, names=()):
-  """Shows one episode, a row for each class: its support images and what its queries were taken for.
+def episode_grid(path, support, query, predictions, *, names):
+  """Shows one episode, a row for each class: its support images, its queries, and what the wrong ones were taken for.
 
   Args:
     path: where the PNG goes.
-    support: images (n, h, w, c) on any scale, targets (n,) in [0, way). Of more than three channels the first three
-      are shown, of two their mean.
+    support: images (n, h, w, c) on any scale, targets (n,) in [0, way).
     query: the same for the queries.
     predictions: (queries,) predicted classes.
-    way: number of classes.
-    names: of the classes, (way,), if they are known.
+    names: (way,) of the classes.
   """
+  way = len(names)
   images = _displayable(support[0], query[0])
   targets = [np.asarray(support[1]), np.asarray(query[1])]
   predictions = np.asarray(predictions)
   rows = [[np.flatnonzero(side == k)[:SHOWN] for side in targets] for k in range(way)]
   columns = [max(len(row[side]) for row in rows) for side in range(2)]
-  labels, below = _labels(way, names)
-  # Units are image sides: one axes for the whole figure is many times faster than one for each image.
-  pitch, row_pitch, left, gap = 1.1, 1.36, max(1.3, 0.4 + 0.145 * max(map(len, labels))), 0.55
-  starts = [left, left + columns[0] * pitch + gap]
-  right, bottom = max(starts[1] + columns[1] * pitch, 7.0), way * row_pitch
   inch = 0.82 if way <= 10 else 0.62
-  fig = Figure(figsize=(inch * (right + 0.2), inch * (bottom + 1.25)))
-  ax = fig.add_axes((0, 0, 1, 1))
-  ax.set_axis_off()
   small, large = 11.5 * inch, 15 * inch
-
-  for k, row in enumerate(rows):
-    top = k * row_pitch
-    ax.text(left - 0.18, top + 0.5, labels[k], ha='right', va='center', fontsize=large, weight='bold')
-    for side, members in enumerate(row):
-      for column, index in enumerate(members):
-        x = starts[side] + column * pitch
-        ax.imshow(images[side][index], cmap='gray', vmin=0, vmax=1, extent=(x, x + 1, top + 1, top))
-        good = side == 0 or predictions[index] == k
-        color = '#C4C4C4' if side == 0 else GREEN if good else RED
-        width = 1 if side == 0 else 3.2 * inch
-        ax.add_patch(Rectangle((x, top), 1, 1, fill=False, edgecolor=color, linewidth=width))
-        if side == 1:
-          text = f'{"✓" if good else "✗"} {below[predictions[index]]}'
-          ax.text(x + 0.5, top + 1.05, text, ha='center', va='top', color=color, fontsize=small, weight='bold')
-  ax.plot([starts[1] - 0.08 - gap / 2] * 2, [-0.1, bottom - 0.2], color='#C4C4C4', linewidth=1.2)
+  row_names, taken_for = _told_apart(names, (26, 12))
+  taken_for = [f'✗ {name}' for name in taken_for]
+  # Units are image sides: one axes for the whole figure is many times faster than one for each image.
+  h, w = images[0].shape[1:3]
+  ratio = np.clip(h / w, 1 / 3, 3)
+  height, width = min(ratio, 1), min(1 / ratio, 1)
+  pitch, row_pitch, gap = 1.1, height + 0.36, 0.55
+  left = max(1.3, max(_inches(name, large) for name in row_names) / inch + 0.36)
+  starts = [left, left + columns[0] * pitch + gap]
   shot, shown = len(targets[0]) // way, sum(len(row[1]) for row in rows)
   correct = np.mean(predictions == targets[1])
   title = f'{way}-way {shot}-shot episode: {100 * correct:.0f} % of {len(predictions)} queries correct'
+  more = f', the first {SHOWN} of each class' if len(predictions) > shown else ''
+  of_queries = f'queries and predictions{more}'
+  right = max(
+    starts[1] + columns[1] * pitch,
+    starts[1] + _inches(of_queries, large) / inch,
+    0.15 + _inches(title, 1.2 * large) / inch,
+  )
+  bottom = way * row_pitch
+  smaller = small * min(1, pitch * inch / max(_inches(text, small) for text in taken_for))
+  fig = Figure(figsize=(inch * (right + 0.2), inch * (bottom + 1.25)))
+  ax = fig.add_axes((0, 0, 1, 1))
+  ax.set_axis_off()
+
+  for k, row in enumerate(rows):
+    top = k * row_pitch
+    ax.text(left - 0.18, top + height / 2, row_names[k], ha='right', va='center', fontsize=large, weight='bold')
+    for side, members in enumerate(row):
+      for column, index in enumerate(members):
+        center = starts[side] + column * pitch + 0.5
+        x = center - width / 2
+        ax.imshow(images[side][index], cmap='gray', vmin=0, vmax=1, extent=(x, x + width, top + height, top))
+        good = side == 0 or predictions[index] == k
+        color = '#C4C4C4' if side == 0 else GREEN if good else RED
+        line = 1 if side == 0 else 3.2 * inch
+        ax.add_patch(Rectangle((x, top), width, height, fill=False, edgecolor=color, linewidth=line))
+        if side == 1:
+          text, size = ('✓', small) if good else (taken_for[predictions[index]], smaller)
+          ax.text(center, top + height + 0.05, text, ha='center', va='top', color=color, fontsize=size, weight='bold')
+  ax.plot([starts[1] - 0.08 - gap / 2] * 2, [-0.1, bottom - 0.2], color='#C4C4C4', linewidth=1.2)
   ax.text(0.15, -0.75, title, fontsize=1.2 * large, weight='bold', va='center')
   ax.text(starts[0], -0.2, 'support', fontsize=large, color=GREY)
-  more = f', the first {SHOWN} of each class' if len(predictions) > shown else ''
-  ax.text(starts[1], -0.2, f'queries and predictions{more}', fontsize=large, color=GREY)
+  ax.text(starts[1], -0.2, of_queries, fontsize=large, color=GREY)
   ax.set(xlim=(0, right + 0.2), ylim=(bottom + 0.1, -1.15), aspect='equal')
   _save(fig, path)
 
@@ -476,40 +480,84 @@ def _count_meta_updates(ax):
   ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
-def _running_mean(values, window):
-  """Mean over a centred window, shorter at the ends."""
-  ones = np.ones(2 * window - 1)
-  padded = [np.convolve(x, ones)[window - 1 : window - 1 + len(x)] for x in (values, np.ones(len(values)))]
-  return padded[0] / padded[1]
+def _legend_below(ax):
+  """Adds a legend, one row under the axes, where it hides no line."""
+  ax.legend(
+    loc='upper center', bbox_to_anchor=(0.5, -0.16), ncols=len(ax.get_legend_handles_labels()[0]),
+    handlelength=1.3, columnspacing=1.2)  # fmt: skip
 
 
-def _labels(way, names):
-  """What to call the classes of an episode: beside their rows, and below a query, where there is little room."""
-  names = [_short(str(name), 24) for name in names]
-  cut = [name if len(name) <= 9 else f'{name[:8]}…' for name in names]
-  if len(set(cut)) == way:
-    return names, cut
-  numbers = [f'class {k}' for k in range(way)]
-  return [f'{k}: {name}' for k, name in enumerate(names)] or numbers, numbers
+def _running_mean(values):
+  """Smooths values (n,) by the mean over a centred window, shorter at the ends.
+
+  Returns:
+    (n,) means; the window's length: 5, or about n / 20 if that is more, but 1 where n is too small for a mean.
+  """
+  half = max(2, len(values) // 40 - 1) if len(values) >= 20 else 0
+  ones = np.ones(2 * half + 1)
+  sums, counts = (np.convolve(x, ones)[half : half + len(x)] for x in (values, np.ones(len(values))))
+  return sums / counts, len(ones)
 
 
-def visible(images):
-  """Images (..., c) as grey ones, (..., 1), or RGB: of more than three channels the first three, of two the mean."""
-  channels = images.shape[-1]
-  return images.mean(axis=-1, keepdims=True) if channels == 2 else images[..., : 3 if channels > 3 else channels]
+def _grey_or_rgb(images):
+  """Channels that can be drawn: images (n, h, w, c) become (n, h, w), or the first three bands, (n, h, w, 3)."""
+  return images[..., :3] if images.shape[-1] >= 3 else images.mean(axis=-1, dtype=np.float32)
+
+
+def _scaled(*batches):
+  """Scales batches together to [0, 1]."""
+  low, high = min(np.min(b) for b in batches), max(np.max(b) for b in batches)
+  return [np.clip((np.asarray(b, np.float32) - low) / max(high - low, 1e-12), 0, 1) for b in batches]
 
 
 def _displayable(*batches):
-  """Scales batches (n, h, w, c) together to [0, 1]; grey ink on black becomes black ink on white, (n, h, w)."""
-  batches = [visible(np.asarray(b)) for b in batches]
-  low, high = min(np.min(b) for b in batches), max(np.max(b) for b in batches)
-  batches = [np.clip((np.asarray(b, np.float32) - low) / max(high - low, 1e-12), 0, 1) for b in batches]
-  if batches[0].shape[-1] > 1:
-    return batches
-  on_black = np.mean(batches[0] < 0.1) > 0.5
-  return [1 - b[..., 0] if on_black else b[..., 0] for b in batches]
+  """Batches (n, h, w, c) as (n, h, w) or (n, h, w, 3) in [0, 1]; grey ink on black becomes black ink on white."""
+  batches = _scaled(*(_grey_or_rgb(np.asarray(b)) for b in batches))
+  on_black = batches[0].ndim == 3 and np.mean(batches[0] < 0.1) > 0.5
+  return [1 - b if on_black else b for b in batches]
 
 
-def _save(fig, path):
+def _short(name, length=28):
+  """A name as a label, cut at its beginning."""
+  return _printable(name if len(name) <= length else f'...{name[3 - length :]}')
+
+
+def _told_apart(names, lengths):
+  """Names as labels of at most so many characters, a list for each length.
+
+  They are cut where they still differ: at the end, at the beginning or in the middle; else they are numbered.
+  """
+  cuts = (
+    lambda name, length: f'{name[: length - 1]}…',
+    lambda name, length: f'…{name[1 - length :]}',
+    lambda name, length: f'{name[: length // 2]}…{name[length // 2 + 1 - length :]}',
+  )
+
+  def cut_to(length):
+    for cut in cuts:
+      labels = [_printable(name if len(name) <= length else cut(name, length)) for name in names]
+      if len(set(labels)) == len(labels):
+        return labels
+
+  labels = [cut_to(length) for length in lengths]
+  return labels if all(labels) else _told_apart([f'{k}: {name}' for k, name in enumerate(names, 1)], lengths)
+
+
+def _printable(name):
+  """A label without what the font lacks or Matplotlib takes for a formula."""
+  font = font_manager.get_font(font_manager.findfont(STYLE['font.family']))
+  name = ''.join(c if c.isprintable() and font.get_char_index(ord(c)) else '?' for c in name)
+  return name.replace('$', r'\$')
+
+
+def _inches(text, size):
+  """How wide a bold text of so many points is, with a margin, as letters on pixels are wider."""
+  bold = font_manager.FontProperties(weight='bold')
+  return 1.08 * TextPath((0, 0), text, size=size, prop=bold).get_extents().width / 72
+
+
+def _save(fig, path, dpi=150):
   Path(path).parent.mkdir(parents=True, exist_ok=True)
-  fig.savefig(path, dpi=150, facecolor='white')
+  image = io.BytesIO()
+  fig.savefig(image, format='png', dpi=dpi, facecolor='white')
+  write_atomically(path, image.getvalue())

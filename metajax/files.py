@@ -3,8 +3,13 @@
 from pathlib import Path
 
 
-def write_atomically(path, text):
-  """Replaces a text file; whoever is killed in the middle leaves the old one."""
+def write_atomically(path, content):
+  """Replaces a file by str or bytes; whoever is killed in the middle, or finds the disk full, leaves the old one."""
   temporary = Path(f'{path}.tmp')
-  temporary.write_text(text)
+  content = content.encode() if isinstance(content, str) else content
+  try:
+    temporary.write_bytes(content)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+    raise
   temporary.replace(path)

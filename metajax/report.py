@@ -15,7 +15,7 @@ from metajax import config as config_lib
 from metajax import evaluate, heads, losses, networks, parallel, processes, system, writer
 from metajax import workdir as workdir_lib
 from metajax.data import episodes, identity
-from metajax.errors import UserError, first_line
+from metajax.errors import UserError, optional
 from metajax.files import write_atomically
 from metajax.progress import readable
 
@@ -93,8 +93,8 @@ def test(config, experiment, state, workdir, checkpoints):
     partial.unlink()
   if drawing := figures():
     draw(drawing, experiment, state, result, folder)
-    _attempt(lambda to: _copy_figures(folder, to), Path(workdir) / 'figures')
-    _attempt(writer.add_figures, workdir)
+    _copy_figures(folder, Path(workdir) / 'figures')
+    writer.add_figures(workdir)
     print(f'figures: {Path(workdir) / "figures"}')
   if of_last:
     print(last_line(result))
@@ -113,6 +113,7 @@ def _name(config, each):
   return '_'.join([*parts, f'step-{each["checkpoint_step"]}', digits])
 
 
+@optional('figures of the last test')
 def _copy_figures(folder, to):
   """Copies a test's figures, in place of those of the test before."""
   to.mkdir(exist_ok=True)
@@ -381,84 +382,80 @@ def _number(result, prefix=''):
 @functools.cache
 def figures():
   """The module that draws; without matplotlib None, after a line that says so once."""
-  try:
+  with optional('figures'):
     return system.package('metajax.figures', 'drawing figures')
-  except UserError as error:
-    print(f'no figures: {error}')
-    return None
 
 
-def draw_training(workdir, config=None):
+@optional('figures of training')
+def draw_training(workdir):
   """Draws the learning curves, and task weights, inner step sizes and the steps' importance where there are any.
 
-  They go into the TensorBoard events as well. With the run's config, the legend says where training and validation
-  have other episodes.
+  They go into the TensorBoard events as well. A figure that cannot be drawn costs a line, and so in `draw`.
   """
   if not (drawing := figures()):
     return
-  folder, records = Path(workdir) / 'figures', writer.read(workdir)
-  _attempt(drawing.learning_curves, folder / 'learning_curves.png', records, _kinds(config))
-  _attempt(drawing.task_weights, folder / 'task_weights.png', records)
-  _attempt(drawing.inner_lr, folder / 'inner_lr.png', records)
-  _attempt(drawing.loss_importance, folder / 'loss_importance.png', records)
-  _attempt(writer.add_figures, workdir)
+  config, records = workdir_lib.read_config(workdir), writer.read(workdir)
+  for name, draw_figure in {
+    'learning_curves.png': functools.partial(drawing.learning_curves, names=_curve_names(config)),
+    'task_weights.png': drawing.task_weights,
+    'inner_lr.png': drawing.inner_lr,
+    'loss_importance.png': drawing.loss_importance,
+  }.items():
+    with optional(name):
+      draw_figure(Path(workdir) / 'figures' / name, records)
+  writer.add_figures(workdir)
 
 
-def _kinds(config):
-  """What sets the episodes of training and validation apart; two empty texts where nothing does."""
-  if config is None or not config.data.way:
-    return '', ''
-  kinds = 'all classes' if config.data.batch else f'{config.data.way}-way', f'{_chosen(config, "data", "way")}-way'
-  return kinds if kinds[0] != kinds[1] else ('', '')
-
-
-def _attempt(draw, path, *args, **options):
-  """Draws a figure: one that cannot be drawn, for whatever reason, costs a line and not the run its result."""
-  try:
-    draw(path, *args, **options)
-  except Exception as error:
-    print(f'{path} was not drawn: {type(error).__name__}: {first_line(error)}')
+def _curve_names(config):
+  """What the curves of training and validation are called: with the way, where it is not the same."""
+  names = ['meta-train', 'meta-validation']
+  ways = ['all classes' if config.data.batch else f'{config.data.way}-way', f'{_chosen(config, "data", "way")}-way']
+  return names if ways[0] == ways[1] else [f'{name}, {way}' for name, way in zip(names, ways, strict=True)]
 
 
 def draw(figures, experiment, state, result, folder):
   """Draws, by the module `figures`, the inner loop's gain, and one test episode or a few regression tasks.
 
-  Episodes are drawn where their inputs are images, (h, w, c).
+  There is no figure of an episode whose inputs are no images, or of tasks that are no curves.
   """
   quantity = 'accuracy' if 'accuracy' in result else 'loss'
   if steps := result.get('by_inner_step'):
-    values, ci95 = np.array(steps[quantity]), np.array(steps[f'{quantity}_ci95'])
-    _attempt(figures.inner_steps, folder / 'inner_steps.png', values, ci95, quantity=quantity, way=result.get('way'))
+    with optional('inner_steps.png'):
+      values, ci95 = np.array(steps[quantity]), np.array(steps[f'{quantity}_ci95'])
+      figures.inner_steps(folder / 'inner_steps.png', values, ci95, quantity=quantity, way=result.get('way'))
   if quantity == 'loss':
-    _attempt(
-      lambda path: figures.regression_curves(path, _curves(experiment, state, result['shot'])),
-      folder / 'regression.png',
-    )
-  elif experiment.example.ndim == 4:
-    _attempt(lambda path: _draw_episode(figures, experiment, state, path), folder / 'episode.png')
-
-
-def _draw_episode(figures, experiment, state, path):
-  episode, outputs = _predictor(experiment, state, experiment.sources['test'])(0)
-  names = [experiment.splits['test'].names[k] for k in episode.class_ids]
-  predictions = outputs[-1].argmax(axis=-1)
-  figures.episode_grid(path, episode.support, episode.query, predictions, way=len(names), names=names)
+    with optional('regression.png'):
+      if curves := _curves(experiment, state, result['shot']):
+        figures.regression_curves(folder / 'regression.png', curves)
+    return
+  with optional('episode.png'):
+    episode, outputs = _predictor(experiment, state, experiment.sources['test'])(0)
+    if episode.support.inputs.ndim == 4:  # (n, h, w, c)
+      names = [experiment.splits['test'].names[k] for k in episode.class_ids]
+      predictions = outputs[-1].argmax(axis=-1)
+      figures.episode_grid(folder / 'episode.png', episode.support, episode.query, predictions, names=names)
 
 
 def _curves(experiment, state, shot, tasks=4, points=200):
-  """Support points, the true function and the adapted ones on a few test tasks, for `figures.regression_curves`."""
+  """Support points, the true function and the adapted ones on a few test tasks, for `figures.regression_curves`.
+
+  There are none where a task is no curve: with several outputs, or inputs that differ in more than the first number.
+  """
   dense = episodes.make_source(experiment.splits['test'], 'test', way=None, shot=shot, query_shot=points, seed=0)
   predict = _predictor(experiment, state, dense)
   curves = []
   for number in range(tasks):
     episode, outputs = predict(number)
-    order = np.argsort(episode.query.inputs[:, 0])
+    inputs, targets = episode.query
+    if inputs.ndim != 2 or targets.shape[1:] != (1,) or np.ptp(inputs[:, 1:], axis=0).any():
+      return []
+    order = np.argsort(inputs[:, 0])
     curves.append(
       {
         'x_support': episode.support.inputs[:, 0],
         'y_support': episode.support.targets[:, 0],
-        'x': episode.query.inputs[order, 0],
-        'y': episode.query.targets[order, 0],
+        'x': inputs[order, 0],
+        'y': targets[order, 0],
         'predictions': {
           step: outputs[step][order, 0] for step in sorted({0, min(1, len(outputs) - 1), len(outputs) - 1})
         },

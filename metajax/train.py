@@ -158,7 +158,7 @@ def run(config, workdir, *, data_dir, mode='train_and_eval'):
 
       if mode != 'eval':
         if processes.is_first():
-          report.draw_training(workdir, config)
+          report.draw_training(workdir)
         if stopped:
           return
       if mode != 'train':

@@ -11,7 +11,7 @@ from tensorboardX import summary as summaries
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
-from metajax.errors import UserError, first_line
+from metajax.errors import UserError, first_line, optional
 from metajax.files import write_atomically
 
 TIMES = 'time', 'tasks_per_second'  # in records: all that differs between two runs that are otherwise the same
@@ -112,6 +112,7 @@ class Writer:
     self._events.close()
 
 
+@optional('figures in TensorBoard')
 def add_figures(workdir):
   """Puts the PNGs of `figures` into the TensorBoard events, at the last step that was recorded.
 

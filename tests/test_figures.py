@@ -1,6 +1,11 @@
-"""Figures: each is written, opens as an image and holds what it was given; matplotlib's state stays as it was."""
+"""Figures: each is written, opens as an image and holds what it was given; matplotlib's state stays as it was.
+
+None of them costs a run its result.
+"""
 
 import contextlib
+import errno
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -8,8 +13,11 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from metajax import config, figures, report, writer
-from tests.conftest import tensorboard_events
+from metajax import config as config_lib
+from metajax import figures, main, report, workdir, writer
+from metajax.data.table import ClassTable
+from metajax.types import Episode, Examples
+from tests.conftest import TINY, tensorboard_events
 
 
 @pytest.fixture
@@ -87,11 +95,23 @@ def test_learning_curves_of_next_to_nothing(drawn, records):
   drawn.image()
 
 
-def test_running_mean_is_a_mean_over_the_window():
-  values = np.random.default_rng(0).standard_normal(11)
-  expected = [values[max(0, i - 2) : i + 3].mean() for i in range(11)]
-  np.testing.assert_allclose(figures._running_mean(values, 3), expected)
-  np.testing.assert_allclose(figures._running_mean(values, 1), values)
+@pytest.mark.parametrize(('num', 'half'), [(1, 0), (19, 0), (20, 2), (79, 2), (400, 9)])
+def test_running_mean_is_a_mean_over_the_window(num, half):
+  values = np.random.default_rng(0).standard_normal(num)
+  expected = [values[max(0, i - half) : i + half + 1].mean() for i in range(num)]
+  means, window = figures._running_mean(values)
+  np.testing.assert_allclose(means, expected)
+  assert window == 2 * half + 1
+
+
+def test_the_legend_of_learning_curves_says_running_mean_where_there_is_one(drawn):
+  figures.learning_curves(drawn.path, list(classification_records(60)))
+  assert {'meta-train, running mean of 5 records', 'meta-validation, 95 % interval'} <= set(drawn.texts())
+  records = list(classification_records(6))
+  figures.learning_curves(drawn.path, records, ['meta-train, 20-way', 'meta-validation, 5-way'])
+  assert {'meta-train, 20-way', 'meta-validation, 5-way, 95 % interval'} <= set(drawn.texts())
+  train, _ = drawn.figure.axes[0].lines  # of training, the values alone
+  np.testing.assert_array_equal(train.get_ydata(), [r['train/loss'] for r in records if 'train/loss' in r])
 
 
 def test_inner_steps_of_accuracy(drawn):
@@ -117,56 +137,72 @@ def episode(way, shot, queries, channels, seed=0):
 
 
 @pytest.mark.parametrize(
-  ('way', 'shot', 'queries', 'channels'), [(5, 1, 15, 3), (5, 1, 1, 1), (20, 5, 15, 1), (2, 12, 3, 3)]
+  ('way', 'shot', 'queries', 'channels'), [(5, 1, 15, 3), (5, 1, 1, 1), (20, 5, 15, 1), (2, 12, 3, 3), (3, 1, 2, 8)]
 )
 def test_episode_grid(drawn, way, shot, queries, channels):
   support, query = episode(way, shot, queries, channels)
   predictions = query[1].copy()
   wrong = np.flatnonzero(query[1] == 1)[0]
   predictions[wrong] = 0
-  figures.episode_grid(drawn.path, support, query, predictions, way=way)
+  figures.episode_grid(drawn.path, support, query, predictions, names=[f'kind {k}' for k in range(way)])
   assert has_color(drawn.image(), figures.GREEN) and has_color(drawn.image(), figures.RED)
   texts, shown = drawn.texts(), min(queries, figures.SHOWN)
-  assert texts.count('✗ class 0') == 1
-  assert [texts.count(f'✓ class {k}') for k in range(way)] == [shown - (k == 1) for k in range(way)]
+  assert {f'kind {k}' for k in range(way)} <= set(texts)
+  assert [text for text in texts if '✗' in text] == ['✗ kind 0'] and texts.count('✓') == way * shown - 1
   assert len(drawn.figure.axes[0].images) == way * (shown + min(shot, figures.SHOWN))
   accuracy = 100 * (1 - 1 / (way * queries))
   assert f'{way}-way {shot}-shot episode: {accuracy:.0f} % of {way * queries} queries correct' in texts
 
 
-@pytest.mark.parametrize(
-  ('names', 'rows', 'below'),
-  [
-    (('cat', 'maple tree'), ['cat', 'maple tree'], ['✓ cat', '✓ maple tr…']),
-    (
-      ('Angelic/character01', 'Angelic/character02'),
-      ['0: Angelic/character01', '1: Angelic/character02'],
-      ['✓ class 0'],
-    ),
-    (('\u732b', '\u72d7'), ['0: □', '1: □'], ['✓ class 1']),  # in Chinese, which the font lacks
-    (('$a', 'b' * 40), [r'\$a', f'...{"b" * 21}'], ['✓ \\$a', '✓ ...bbbbb…']),
-  ],
-)
-def test_classes_have_their_names(drawn, names, rows, below):
-  support, query = episode(2, 1, 3, 3)
-  figures.episode_grid(drawn.path, support, query, query[1], way=2, names=names)
-  assert {*rows, *below} <= set(drawn.texts())
-
-
-@pytest.mark.parametrize('channels', [2, 4, 12])
-def test_images_of_any_number_of_channels(drawn, channels):
-  support, query = episode(3, 1, 2, channels)
-  figures.episode_grid(drawn.path, support, query, query[1], way=3)
-  shown = np.asarray(drawn.figure.axes[0].images[0].get_array(), float)
-  image = support[0][np.flatnonzero(support[1] == 0)[0]]
-  expected = image.mean(-1) if channels == 2 else image[..., :3]
-  np.testing.assert_allclose(np.corrcoef(shown.ravel(), expected.ravel())[0, 1], 1, atol=1e-3)
-
-
 def test_a_single_query_and_uint8(drawn):
   support = (np.full((3, 8, 8, 3), 7, np.uint8), np.arange(3))
-  figures.episode_grid(drawn.path, support, (support[0][:1], np.array([2])), np.array([2]), way=3)
-  assert '✓ class 2' in drawn.texts() and has_color(drawn.image(), figures.GREEN)
+  figures.episode_grid(drawn.path, support, (support[0][:1], np.array([2])), np.array([2]), names='abc')
+  assert '✓' in drawn.texts() and has_color(drawn.image(), figures.GREEN)
+
+
+@pytest.mark.parametrize(
+  ('names', 'first'),
+  [
+    (['001.Black_footed_Albatross', '014.Indigo_Bunting', '112.Great_Grey_Shrike'], '001.Black_f…'),
+    ([f'Anglo-Saxon_Futhorc/character{k:02d}/rot090' for k in range(20)], '…er00/rot090'),
+    ([f'{a}{"_" * 20}{z}' for a, z in (('abc', 'uvw'), ('abc', 'xyz'), ('def', 'xyz'))], 'abc___…__uvw'),
+    (['a' * 50 + str(k) + 'b' * 50 for k in range(3)], '1: aaaaaaaa…'),
+    (['$x_{$', '%', '\udcff\n'], r'\$x_{\$'),
+  ],
+  ids=['beginnings', 'ends', 'both', 'neither', 'odd'],
+)
+def test_names_lie_in_their_places_and_can_be_told_apart(drawn, names, first):
+  support, query = episode(len(names), 1, 1, 1)
+  predictions = (query[1] + 1) % len(names)
+  figures.episode_grid(drawn.path, support, query, predictions, names=names)
+  wrong = [text for text in drawn.figure.axes[0].texts if '✗' in text.get_text()]
+  rows = [text for text in drawn.figure.axes[0].texts if text.get_ha() == 'right']
+  assert f'✗ {first}' in drawn.texts()
+  for labels in (wrong, rows):
+    assert len({text.get_text() for text in labels}) == len(labels) == len(names)
+  drawn.figure.set_dpi(150)  # as it was saved: letters are as wide as whole pixels
+  to_images = drawn.figure.axes[0].transData.inverted()  # 1.1 is from one image to the next
+  assert all(text.get_window_extent().transformed(to_images).width <= 1.1 for text in wrong)
+  ends = [text.get_window_extent() for text in drawn.figure.axes[0].texts]  # the headings too
+  assert min(box.x0 for box in ends) >= 0 and max(box.x1 for box in ends) <= drawn.figure.bbox.width
+
+
+@pytest.mark.parametrize(('h', 'w', 'sides'), [(14, 28, (1, 0.5)), (30, 20, (2 / 3, 1)), (2, 90, (1, 1 / 3))])
+def test_images_keep_their_shape(drawn, h, w, sides):
+  images, targets = np.random.default_rng(0).random((2, h, w, 3)), np.arange(2)
+  figures.episode_grid(drawn.path, (images, targets), (images, targets), targets, names='ab')
+  for image in drawn.figure.axes[0].images:
+    left, right, bottom, top = image.get_extent()
+    np.testing.assert_allclose((right - left, bottom - top), sides)
+
+
+@pytest.mark.parametrize('channels', [1, 2, 3, 4, 8])
+def test_any_number_of_channels_is_shown(channels):
+  images = np.random.default_rng(0).random((5, 6, 6, channels))
+  images[0, 0, 0], images[0, 0, 1] = 0, 1
+  [shown] = figures._displayable(images)
+  expected = images.mean(axis=-1) if channels < 3 else images[..., :3]
+  np.testing.assert_allclose(shown, expected, atol=1e-6)
 
 
 def test_images_of_any_scale_are_shown_ink_on_white():
@@ -278,11 +314,45 @@ def test_loss_importance_is_stacked(drawn, num):
   assert {'step 1', 'step 2'} <= set(drawn.texts())
 
 
+@pytest.mark.parametrize('record', ['weights', 'weights_quantiles'])
+def test_the_legends_of_task_weights_lie_under_the_lines(drawn, record):
+  rng = np.random.default_rng(0)
+  pair = {'train/pair': [1.0, 0.0], 'train/gain': 1, 'train/radius': 1}
+  records = [{'step': k, f'train/{record}': np.sort(rng.random(5)).tolist(), **pair} for k in range(1, 9)]
+  figures.task_weights(drawn.path, records)
+  for ax in drawn.figure.axes:
+    assert ax.get_legend().get_window_extent().y1 < ax.get_window_extent().y0
+
+
+@pytest.mark.parametrize(
+  ('shape', 'dtype'), [((8, 8, 1), np.uint8), ((8, 12, 2), np.uint16), ((8, 8, 4), np.float32), ((70, 70, 3), np.uint8)]
+)
+def test_contact_sheet(drawn, shape, dtype):
+  images = (100 * np.random.default_rng(0).random((12, *shape))).astype(dtype)
+  starts, counts, turns = np.arange(0, 12, 4), np.full(3, 4), np.array([0, 0, 2], np.int8)
+  figures.contact_sheet(drawn.path, 'name', {'train': ClassTable(images, starts, counts, turns, ('a', 'b', 'c'))})
+  drawn.image()
+  shown = drawn.figure.axes[0].images[0].get_array()
+  scaled = images / 255 if dtype == np.uint8 else (images - images[..., :3].min()) / np.ptp(images[..., :3])
+  if shape[-1] == 2:
+    mean = images.mean(-1)
+    scaled = ((mean - mean.min()) / np.ptp(mean))[..., None]
+  np.testing.assert_allclose(shown[: shape[0], : shape[1]], scaled[0, ..., :3].squeeze(), atol=1e-5)
+
+
+def test_a_table_of_vectors_has_no_contact_sheet(tmp_path):
+  one = np.ones(1, np.int64)
+  table = ClassTable(np.zeros((1, 9), np.float32), 0 * one, one, one, ('a',))
+  figures.contact_sheet(tmp_path / 'sheet.png', 'name', {'train': table})
+  assert not (tmp_path / 'sheet.png').exists()
+
+
 def test_training_is_drawn_as_far_as_it_was_recorded_and_goes_into_the_events_once(tmp_path):
   def figures_in_events():
     found = [(e.step, v.tag, v.image) for e in tensorboard_events(tmp_path) for v in e.summary.value]
     return [(step, tag) for step, tag, image in found if image.encoded_image_string.startswith(b'\x89PNG')]
 
+  workdir.keep_config(tmp_path, config_lib.override(config_lib.load(TINY), []))
   with contextlib.closing(writer.Writer(tmp_path, 0)) as log:
     log.write(1, 'train', {'loss': 1.0})
   report.draw_training(tmp_path)
@@ -296,36 +366,91 @@ def test_training_is_drawn_as_far_as_it_was_recorded_and_goes_into_the_events_on
     assert found == [(2, f'figures/{name}') for name in ('inner_lr', 'learning_curves', 'loss_importance')]
 
 
-def test_a_figure_that_cannot_be_drawn_costs_a_line(tmp_path, monkeypatch, capsys):
-  def fail(path, *args):
-    raise RuntimeError('no room\nat all')
-
-  monkeypatch.setattr(figures, 'task_weights', fail)
-  with contextlib.closing(writer.Writer(tmp_path, 0)) as log:
-    log.write(1, 'train', {'loss': 1.0})
+@pytest.mark.parametrize(
+  ('settings', 'names'),
+  [
+    ([], ['meta-train', 'meta-validation']),
+    (['--config.eval.way=2'], ['meta-train, 3-way', 'meta-validation, 2-way']),
+    (['--config.eval.way=3'], ['meta-train', 'meta-validation']),
+    (['--config.data.batch=8'], ['meta-train, all classes', 'meta-validation, 3-way']),
+  ],
+  ids=str,
+)
+def test_learning_curves_say_the_way_where_training_and_validation_have_others(tmp_path, monkeypatch, settings, names):
+  seen = []
+  workdir.keep_config(tmp_path, config_lib.override(config_lib.load(TINY), settings))
+  monkeypatch.setattr(figures, 'learning_curves', lambda path, records, names: seen.append(names))
   report.draw_training(tmp_path)
-  assert 'task_weights.png was not drawn: RuntimeError: no room\n' in capsys.readouterr().out
-  assert (tmp_path / 'figures' / 'learning_curves.png').exists()
+  assert seen == [names]
 
 
-def test_the_legend_says_where_training_and_validation_differ(drawn):
-  records = list(classification_records(60))
-  figures.learning_curves(drawn.path, records, ('20-way', '5-way'))
-  assert {'meta-train, 20-way, running mean', 'meta-validation, 5-way, 95 % interval'} <= set(drawn.texts())
-  given = config.load('quickstart')
-  for overrides, kinds in (
-    ([], ('', '')),
-    (['--config.eval.way=3'], ('5-way', '3-way')),
-    (['--config.data.batch=8'], ('all classes', '5-way')),
-  ):
-    assert report._kinds(config.override(given, overrides)) == kinds
+def one_episode(shape, way=3):
+  inputs, targets = np.random.default_rng(0).random((way, *shape), np.float32), np.arange(way)
+  return Episode(Examples(inputs, targets), Examples(inputs, targets), np.array([2, 0, 3]))
 
 
-def test_a_mean_of_a_few_records_is_none(drawn):
-  records = [{'step': k, 'train/loss': float(k % 2)} for k in range(1, 5)]
-  figures.learning_curves(drawn.path, records)
-  assert 'meta-train' in drawn.texts()
-  figures.learning_curves(drawn.path, [*records, {'step': 5, 'train/loss': 1.0}])
-  assert 'meta-train, running mean' in drawn.texts()
-  smooth = drawn.figure.axes[0].lines[1].get_ydata()
-  np.testing.assert_allclose(smooth, [0.5, 2 / 3, 1 / 3, 2 / 3, 0.5])
+def draw_episode(monkeypatch, folder, episode):
+  """Calls `report.draw` on this one test episode, whose queries are all classified right."""
+  table = SimpleNamespace(names=('ant', 'bee', 'cow', 'dog'))
+  experiment = SimpleNamespace(splits={'test': table}, sources={'test': None})
+  monkeypatch.setattr(report, '_predictor', lambda *_: lambda number: (episode, np.eye(3)[None]))
+  steps = {'accuracy': [0.3, 0.9], 'accuracy_ci95': [0.1, 0.1]}
+  report.draw(figures, experiment, None, {'accuracy': 0.9, 'way': 3, 'by_inner_step': steps}, folder)
+
+
+def test_classes_of_an_episode_have_their_names(drawn, monkeypatch, tmp_path):
+  draw_episode(monkeypatch, tmp_path, one_episode((8, 8, 12)))
+  assert [text for text in drawn.texts() if len(text) == 3] == ['cow', 'ant', 'dog']
+
+
+@pytest.mark.parametrize('shape', [(64,), (50, 3), (4, 8, 8, 1)])
+def test_an_episode_without_images_has_no_figure_and_no_line(monkeypatch, tmp_path, capsys, shape):
+  draw_episode(monkeypatch, tmp_path, one_episode(shape))
+  assert {path.name for path in tmp_path.iterdir()} == {'inner_steps.png'} and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ('inputs', 'outputs', 'figure'), [('x', 1, True), ('oracle', 1, True), ('x', 2, False), ('plane', 1, False)]
+)
+def test_regression_is_drawn_where_tasks_are_curves(monkeypatch, tmp_path, capsys, inputs, outputs, figure):
+  x = np.random.default_rng(0).random((9, 2), np.float32)
+  x = {'x': x[:, :1], 'oracle': np.stack([x[:, 0], np.full(9, 2)], 1), 'plane': x}[inputs]
+  examples = Examples(x, np.zeros((9, outputs), np.float32))
+  episode, predictions = Episode(examples, examples, np.zeros(0)), np.zeros((2, 9, outputs))
+  monkeypatch.setattr(report.episodes, 'make_source', lambda *_, **__: None)
+  monkeypatch.setattr(report, '_predictor', lambda *_: lambda number: (episode, predictions))
+  report.draw(figures, SimpleNamespace(splits={'test': None}), None, {'loss': 1.0, 'shot': 9}, tmp_path)
+  assert (tmp_path / 'regression.png').exists() == figure and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  'error', [TypeError('Invalid shape\n(20, 20, 12)'), OSError(errno.ENOSPC, 'No space left'), MemoryError()], ids=repr
+)
+def test_figures_that_cannot_be_drawn_cost_a_line_each_and_no_result(cache, tmp_path, monkeypatch, capsys, error):
+  def fail(*_, **__):
+    raise error
+
+  monkeypatch.setattr(Figure, 'savefig', fail)
+  small = '--config.total_steps=1', '--config.eval.episodes=4', '--config.eval.val_episodes=2'
+  assert main.main(['metajax', f'--config={TINY}', '--config.model.name=mlp', *small, f'--workdir={tmp_path}']) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert (tmp_path / 'test.json').exists() and lines[-1].startswith('test: ')
+  missing = [line for line in lines if line.startswith('no ')]
+  assert [line.split(':')[0] for line in missing] == [
+    f'no {name}.png' for name in ('learning_curves', 'inner_steps', 'episode')
+  ]
+  assert all(str(error).split('\n')[0] in line for line in missing)
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_one_before(drawn, monkeypatch):
+  figures.inner_steps(drawn.path, [0.2, 0.5], [0.1, 0.1], quantity='accuracy')
+  before = drawn.path.read_bytes()
+
+  def save(figure, file, **_):
+    file.write(b'half of it')
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(Figure, 'savefig', save)
+  with pytest.raises(OSError, match='No space'):
+    figures.inner_steps(drawn.path, [0.2, 0.6], [0.1, 0.1], quantity='accuracy')
+  assert drawn.path.read_bytes() == before

@@ -25,7 +25,7 @@ from pathlib import Path
 from metajax import cli, system
 from metajax import config as config_lib
 from metajax.data import check, source, table
-from metajax.errors import UserError
+from metajax.errors import UserError, optional
 
 
 @cli.command
@@ -127,12 +127,10 @@ def _prepare(name, data_dir, settings):
   for file in manifest['files']:
     print(f'    {file["path"]}, {file["bytes"]} bytes, SHA-256 {file["sha256"]}')
   print(f'  table  {folder}, SHA-256 {manifest["sha256"]}')
-  try:
+  with optional('contact sheet'):  # a table is of use without
     figures = system.package('metajax.figures', 'drawing')
     figures.contact_sheet(folder / 'sheet.png', name, splits)
     print(f'  sheet  {folder / "sheet.png"}')
-  except Exception as error:  # a table is of use without
-    print(f'  sheet  none: {error}')
 
 
 def _check(name, data_dir, settings):
