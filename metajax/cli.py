@@ -42,37 +42,23 @@ example: metajax train --config=quickstart
 
 def main(argv=None):
   """Runs `metajax COMMAND ARGUMENTS`; returns the exit status."""
-  with lasting_streams():
-    return _main(sys.argv if argv is None else argv)
-
-
-def _main(argv):
-  name = argv[1] if len(argv) > 1 else '--help'
-  if name in ('-h', '--help', 'help'):
-    width = max(map(len, COMMANDS))
-    print(
-      _USAGE.format(commands='\n'.join(f'  {name:{width}}  {does}' for name, (_, does) in COMMANDS.items())), end=''
-    )
-  elif name == '--version':
-    print(f'metajax {metajax.__version__}, Python {platform.python_version()}, jax {importlib.metadata.version("jax")}')
-  elif name in COMMANDS:
-    return importlib.import_module(COMMANDS[name][0]).main([f'metajax {name}', *argv[2:]])
-  else:
-    close = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f'did you mean {close[0]!r}?' if close else f'commands are {", ".join(COMMANDS)}'
-    print(f'metajax: command line: there is no command {name!r}; {hint}', file=sys.stderr)
-    return 2
-  return 0
+  name, *rest = (sys.argv if argv is None else argv)[1:] or ['--help']
+  if name in COMMANDS:
+    return importlib.import_module(COMMANDS[name][0]).main([f'metajax {name}', *rest])
+  return _without_command(name)
 
 
 def command(function):
-  """Makes a command of `function(argv) -> exit status`: argv is sys.argv by default, and user errors are one line."""
+  """Makes a command of `function(argv, **options) -> exit status`.
+
+  By default argv is sys.argv. Errors that a user can mend are one line.
+  """
 
   @functools.wraps(function)
-  def run(argv=None):
+  def run(argv=None, **options):
     with lasting_streams():
       try:
-        status = function(sys.argv if argv is None else argv)
+        status = function(sys.argv if argv is None else argv, **options)
         sys.stdout.flush()
         return status
       except (Exception, KeyboardInterrupt) as error:
@@ -98,16 +84,23 @@ def lasting_streams():
       os.open(os.devnull, os.O_RDWR)
   with (
     contextlib.redirect_stdout(_Lasting(sys.stdout or open(os.devnull, 'w'))),
-    contextlib.redirect_stderr(_Lasting(sys.stderr or open(os.devnull, 'w'))),
+    contextlib.redirect_stderr(_Lasting(sys.stderr or open(os.devnull, 'w'), whole=False)),
   ):
     yield
 
 
 class _Lasting:
-  """A text stream that turns into a sink when its reader goes away, or after an error."""
+  """A text stream that turns into a sink when its reader goes away, be it a terminal that is closed.
 
-  def __init__(self, stream):
-    self._stream = stream
+  Args:
+    stream: to print to.
+    whole: whether it is an error, now and whenever something more is printed, if a file cannot hold all of it: a table
+      must not be cut off in silence. Of errors that cannot be printed there is nobody to tell.
+  """
+
+  def __init__(self, stream, whole=True):
+    self._stream, self._error = stream, None
+    self._whole = whole and not stream.isatty()
 
   def __getattr__(self, name):
     return getattr(self._stream, name)
@@ -124,8 +117,27 @@ class _Lasting:
       function(*args)
     except OSError as error:  # what Python still holds goes nowhere, too
       os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-      if not isinstance(error, BrokenPipeError):
-        raise
+      if self._whole and not isinstance(error, BrokenPipeError):
+        self._error = OSError(error.errno, error.strerror, 'standard output')
+    if self._error:  # again and again: logging passes over it
+      raise self._error
+
+
+@command
+def _without_command(name):
+  """What `metajax NAME` prints where NAME is no command."""
+  if name in ('-h', '--help', 'help'):
+    width = max(map(len, COMMANDS))
+    print(
+      _USAGE.format(commands='\n'.join(f'  {name:{width}}  {does}' for name, (_, does) in COMMANDS.items())), end=''
+    )
+  elif name == '--version':
+    print(f'metajax {metajax.__version__}, Python {platform.python_version()}, jax {importlib.metadata.version("jax")}')
+  else:
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f'did you mean {close[0]!r}?' if close else f'commands are {", ".join(COMMANDS)}'
+    raise UserError(f'command line: there is no command {name!r}; {hint}')
+  return 0
 
 
 def parse_flags(values, argv, usage):

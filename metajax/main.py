@@ -32,7 +32,8 @@ from metajax import config as config_lib
 from metajax.errors import UserError
 
 
-def main(argv=None, *, mode=None, usage=None):
+@cli.command
+def main(argv, *, mode=None, usage=None):
   """Runs a command line.
 
   Args:
@@ -43,14 +44,9 @@ def main(argv=None, *, mode=None, usage=None):
   Returns:
     the exit status: 2, after one line on stderr, for what a user can mend.
   """
-  with cli.lasting_streams():
-    return _main(argv, mode, usage)
-
-
-def _main(argv, mode, usage):
   cli.set_up()
   try:
-    options, overrides = parse(sys.argv if argv is None else argv, mode, usage)
+    options, overrides = parse(argv, mode, usage)
     if place := processes.find_place(options.coordinator, options.num_processes, options.process_id):
       processes.start(place)
       processes.agree(_facts(options, overrides))
@@ -68,10 +64,7 @@ def _main(argv, mode, usage):
   except (Exception, KeyboardInterrupt) as error:
     status, line = cli.explain(error)
     processes.fail(status, line or traceback.format_exc(), by_device=isinstance(error, jax.errors.JaxRuntimeError))
-    if line is None:
-      raise
-    print(line, file=sys.stderr)
-    return status
+    raise
 
 
 def _facts(options, overrides):

@@ -137,8 +137,8 @@ def read(workdir):
     UserError: a line is no record.
   """
   path = Path(workdir) / 'metrics.jsonl'
-  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-  return [_record(path, number, line) for number, line in enumerate(lines, 1) if line.endswith('\n')]
+  lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+  return [_record(path, number, line) for number, line in enumerate(lines, 1) if line.endswith(b'\n')]
 
 
 def _record(path, number, line):

@@ -1,6 +1,7 @@
 """`metajax COMMAND`, and how configs are found."""
 
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -194,6 +195,25 @@ def test_a_stream_outlasts_its_reader():
     assert not lasting.isatty()
 
 
+def test_a_stream_outlasts_its_terminal():
+  terminal, number = pty.openpty()
+  with os.fdopen(number, 'w') as stream:
+    lasting = cli._Lasting(stream)
+    os.close(terminal)
+    print('unread', file=lasting, flush=True)
+    assert os.fstat(stream.fileno()).st_rdev == os.stat(os.devnull).st_rdev
+
+
+def test_a_full_disk_is_told_of_again_after_whoever_passes_over_it():
+  with open('/dev/full', 'w') as stream:
+    lasting = cli._Lasting(stream)
+    for _ in range(2):
+      with pytest.raises(OSError, match=r'No space left .*standard output'):
+        print('lost', file=lasting, flush=True)
+  with open('/dev/full', 'w') as stream:
+    print('lost', file=cli._Lasting(stream, whole=False), flush=True)
+
+
 def test_nothing_is_printed_to_streams_that_are_closed(monkeypatch):
   monkeypatch.setattr(sys, 'stdout', None)
   monkeypatch.setattr(sys, 'stderr', None)
@@ -206,10 +226,18 @@ def test_nothing_is_printed_to_streams_that_are_closed(monkeypatch):
 @pytest.mark.parametrize('closed', ['', '>&-', '2>&-', '>&- 2>&-', '>/dev/full'])
 def test_commands_without_streams(closed):
   """As a shell starts them."""
-  command = f'{sys.executable} -m metajax.data glyphs --check {closed}'
-  ended = subprocess.run(['sh', '-c', command], cwd=ROOT, capture_output=True, text=True)
-  assert ended.returncode == (2 if 'full' in closed else 0), ended.stderr
-  assert 'Traceback' not in ended.stderr
+  version = 'import sys; from metajax import cli; sys.exit(cli.main())'
+  for command in ('-m metajax.data glyphs --check', f'-c "{version}" --version'):
+    ended = subprocess.run(
+      ['sh', '-c', f'{sys.executable} {command} {closed}'], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == (2 if 'full' in closed else 0), ended.stderr
+    assert 'Traceback' not in ended.stderr and ended.stderr.count('\n') == (1 if 'full' in closed else 0)
+
+
+def test_an_error_that_cannot_be_printed_keeps_its_status():
+  command = f'{sys.executable} -m metajax.data omniglott 2>/dev/full'
+  assert subprocess.run(['sh', '-c', command], cwd=ROOT).returncode == 2
 
 
 def test_a_run_goes_on_when_nobody_reads_its_log_any_more(cache, tmp_path):
